@@ -1,0 +1,71 @@
+# `make run` and `make test` do all of their own set-up: they need Python 3.11+ and make.
+
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+PORT ?= 8000
+
+VENV := .venv
+PY := $(VENV)/bin/python
+
+.PHONY: help run test check bench clean
+
+help:
+	@echo 'make run     start the service on http://$(HOST):$(PORT); HOST=… and PORT=… change that'
+	@echo 'make test    run the tests'
+	@echo 'make check   check format, lint and types, then run the tests'
+	@echo 'make bench   measure the service; BENCH_ARGS=… is passed on'
+	@echo 'make clean   remove the virtual environment and all caches'
+	@echo
+	@echo 'The first run installs requirements.txt into $(VENV). PYTHON=python3.12 picks the Python;'
+	@echo 'pip reads its usual variables. Linux without a GPU: several GB less to download with'
+	@echo '    make run PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu'
+
+# exec: signals reach uvicorn itself. `python -m` survives a moved checkout, bin/uvicorn does not.
+run: $(VENV)/.run
+	@exec $(PY) -m uvicorn main:app --host "$(HOST)" --port "$(PORT)" --timeout-graceful-shutdown 25
+
+test: $(VENV)/.test
+	$(PY) -m pytest
+
+check: $(VENV)/.test
+	$(PY) -m ruff format --check
+	$(PY) -m ruff check
+	$(PY) -m mypy
+	$(PY) -m pytest
+
+bench: $(VENV)/.test
+	$(PY) bench.py $(BENCH_ARGS)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# An interrupted install leaves .installing behind. Then, or when the environment's Python no
+# longer starts, the environment is made anew. An install that merely fails changes nothing.
+ifneq ($(shell test ! -e $(VENV)/.installing && $(PY) -c 'print("works")' 2>/dev/null),works)
+.PHONY: $(VENV)/.made
+endif
+
+define install
+	@echo 'Installing $(1) into $(VENV)'
+	@touch $(VENV)/.installing; trap 'exit 130' INT; \
+	  $(PY) -m pip install --no-input --disable-pip-version-check -r $(1); \
+	  status=$$?; rm $(VENV)/.installing; exit $$status
+endef
+
+$(VENV)/.made:
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo 'Python 3.11 or newer is needed, "$(PYTHON)" is not: make $(MAKECMDGOALS) PYTHON=/path/to/python3' >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo '"$(PYTHON)" lacks venv or ensurepip; on Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }
+	@rm -rf $(VENV)
+	@"$(PYTHON)" -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.run: requirements.txt $(VENV)/.made
+	$(call install,requirements.txt)
+	@touch $@
+
+$(VENV)/.test: requirements-dev.txt requirements.txt $(VENV)/.made
+	$(call install,requirements-dev.txt)
+	@touch $(VENV)/.run $@

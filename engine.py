@@ -1,0 +1,1070 @@
+"""Continuous batching for one causal language model: many clients, one model, few cores.
+
+The engine knows token ids, tensors and the text they decode to; it knows no HTTP.
+Each step of its thread runs the model once for every running sequence. A new request
+joins at the next step, a finished one leaves at once (iteration-level scheduling: Orca,
+Yu et al., OSDI 2022).
+
+    event loop                             engine thread
+    Engine.submit(prompt_token_ids, …) --> Scheduler.waiting (bounded; full = refused at once)
+                                           Engine.step: schedule -> forward -> sample -> postprocess
+    Engine.stream(request)             <-- one loop.call_soon_threadsafe a step, all deltas together
+    Engine.abort(request)              --> left out of the next step
+
+Ownership: only the engine thread touches the model, the cache, the running set and the
+text of a sequence. `Engine._lock` guards what both sides touch: the waiting queue and
+the life of the thread. A `Request` is read by its client through its queue alone.
+
+Life of a sequence: WAITING -> RUNNING -> FINISHED with a finish reason (`stop`, `length`,
+`content_filter`), or with an error, or with none when its client has gone.
+
+One prompt or generated token is one row of the forward pass, whichever sequence it
+belongs to: rows of short prompts ride along with the running sequences' next tokens.
+Seeds mean the same text in any company because a row's numbers do not depend on the
+rows beside it. The engine checks that on the loaded model, bit by bit, and from that
+chooses how many rows it runs at once (`Engine._measure_batch_invariance`).
+"""
+
+import asyncio
+import bisect
+import contextlib
+import ctypes
+import enum
+import itertools
+import logging
+import math
+import mmap
+import os
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers.decoders import DecodeStream
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.activations import ACT2FN
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+from transformers.pytorch_utils import Conv1D
+
+logger = logging.getLogger("engine")
+
+FinishReason = Literal["stop", "length", "content_filter"]
+
+SHORT_PROMPT_TOKENS = 32  # prompts up to here share a step with the batch; longer ones run alone
+CONTEXT_TOKENS = 32  # of the prompt: what the decoder needs to know before the first token
+KEY_BLOCK_TOKENS = 64  # keys are read in multiples of this
+MAX_ROLLBACKS = 8  # of one sequence, before it ends with `content_filter`
+MAX_FAILED_STEPS = 3  # in a row, before the engine counts as unhealthy
+PROBE_SECONDS = 1.0  # between attempts of an unhealthy engine to run one token
+
+
+# --- Errors -------------------------------------------------------------------------------------
+# EngineError
+#  +- QueueFullError     the waiting queue is full: try again later. Recoverable.
+#  +- InferenceError     the step that held the request failed; the engine goes on. Recoverable.
+#  +- EngineStoppedError the engine was shut down. Unrecoverable.
+
+
+class EngineError(Exception):
+    """Base of everything the engine raises on its own account."""
+
+
+class QueueFullError(EngineError):
+    """The waiting queue is full; nothing was queued. Recoverable."""
+
+
+class InferenceError(EngineError):
+    """The model failed in a step that held this request; `__cause__` says how. Recoverable."""
+
+
+class EngineStoppedError(EngineError):
+    """The engine was shut down. Unrecoverable."""
+
+
+# --- Requests and sequences ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request is sampled. Validated by the caller; the engine trusts the ranges."""
+
+    max_new_tokens: int = 50  # >= 1; cut to what fits in the model's context
+    temperature: float = 1.0  # >= 0; 0 = greedy
+    top_k: int = 0  # >= 0; 0 keeps every token
+    top_p: float = 1.0  # (0, 1]; 1 keeps every token
+    min_p: float = 0.0  # [0, 1]; drops tokens less likely than min_p times the likeliest
+    repetition_penalty: float = 1.0  # > 0; of tokens in prompt or output (CTRL, Keskar et al. 2019)
+    presence_penalty: float = 0.0  # subtracted once from the logit of a token in the output
+    frequency_penalty: float = 0.0  # subtracted for each time it is in the output
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # added; -inf bans
+    min_tokens: int = 0  # no end-of-text and no stop string before so many tokens
+    ignore_eos: bool = False  # end-of-text is a token like any other
+    stop: tuple[str, ...] = ()  # ends before the first of these; the text leaves it out
+    num_logprobs: int | None = None  # None: none; else of the token and so many likeliest ones
+    seed: int | None = None  # 0 … 2^63-1; None draws one
+
+    @property
+    def edits_logits(self) -> bool:
+        """Whether logits are changed for more than a rolled-back token."""
+        return bool(
+            self.repetition_penalty != 1.0
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.logit_bias
+            or self.min_tokens
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural-log probabilities at one position, before temperature and penalties."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]  # (token id, logprob), likeliest first
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one sequence of a request has gained: whole tokens, valid UTF-8, filtered."""
+
+    index: int  # of the sequence in its request
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs]
+    finish_reason: FinishReason | None  # set in the last delta of the sequence
+
+
+class TextFilter(Protocol):
+    """What the engine asks of a content filter (see `main.ContentFilter`)."""
+
+    def scan(
+        self, text: str, start: int = 0, final: bool = True
+    ) -> tuple[tuple[int, int] | None, int]:
+        """(span of the first forbidden word that begins at or after `start`, else None; the
+        length of the longest prefix in which none can begin, whatever text follows)."""
+
+
+class Status(enum.Enum):
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+class Request:
+    """A prompt and the sequences that are drawn from it; made by `Engine.submit`."""
+
+    _ids = itertools.count()
+
+    def __init__(
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        prompt_text: str,
+        num_safe_characters: int,
+        streams: bool,
+        loop: asyncio.AbstractEventLoop,
+    ):
+        self.id = next(self._ids)
+        self.prompt_token_ids = prompt_token_ids
+        self.params = params
+        self.prompt_text = prompt_text  # a forbidden word may begin in it
+        self.num_safe_characters = num_safe_characters  # of it: in these it cannot
+        self.streams = streams  # else the only delta of a sequence is its last
+        self.is_aborted = False
+        self.num_unfinished = 0
+        self.loop = loop
+        self.deltas: asyncio.Queue[list[Delta] | EngineError] = asyncio.Queue()
+
+
+class Sequence:
+    """One continuation of a request's prompt: its tokens, its text, its random stream."""
+
+    def __init__(self, request: Request, index: int, seed: int):
+        self.request = request
+        self.index = index
+        self.params = request.params
+        self.status = Status.WAITING
+        self.rng = np.random.Generator(np.random.Philox(key=[seed, index]))
+        self.output_token_ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        self.text = ""  # what the output tokens decode to, stop string left out
+        self.text_ends: list[int] = []  # len(text) after each output token
+        self.num_released_tokens = 0  # of the output, already handed to the client
+        # Of prompt and text: no forbidden word can begin before.
+        self.num_safe_characters = request.num_safe_characters
+        self.banned: dict[int, list[int]] = {}  # output position -> token ids rolled back there
+        self.num_rollbacks = 0
+        self.decode_stream: DecodeStream | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Of prompt and output together."""
+        return len(self.request.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def last_token_id(self) -> int:
+        return (self.output_token_ids or self.request.prompt_token_ids)[-1]
+
+    def token_start(self, index: int) -> int:
+        """Where in the text the token that holds text[index] begins; 0 for index < 0."""
+        token = bisect.bisect_right(self.text_ends, index)
+        return self.text_ends[token - 1] if token else 0
+
+
+class Scheduler:
+    """Who runs in the next step. First come, first served; knows no tensors.
+
+    `running[i]` owns row i of the cache: rows 0 … num_running-1 are always the running
+    ones, because the last row moves into the hole that a finished sequence leaves.
+    """
+
+    def __init__(self, max_num_seqs: int, max_queue_size: int):
+        self.max_num_seqs = max_num_seqs
+        self.max_queue_size = max_queue_size
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+
+    @property
+    def is_finished(self) -> bool:
+        return not self.waiting and not self.running
+
+    @property
+    def num_waiting_requests(self) -> int:
+        return len({seq.request.id for seq in self.waiting})
+
+    def add(self, seqs: SequenceOf[Sequence]) -> None:
+        """Queues the sequences of one request. Raises QueueFullError, then queues none."""
+        if self.num_waiting_requests >= self.max_queue_size:
+            raise QueueFullError(f"{self.max_queue_size} requests are waiting already")
+        self.waiting.extend(seqs)
+
+    def schedule(self) -> list[Sequence]:
+        """Moves waiting sequences to free rows and returns them, in row order.
+
+        One step takes prompts of SHORT_PROMPT_TOKENS together, or one longer prompt, so
+        that the running ones never wait for more than one prompt. Sequences that share a
+        prompt count once.
+        """
+        admitted: list[Sequence] = []
+        budget_tokens = SHORT_PROMPT_TOKENS
+        while self.waiting and len(self.running) < self.max_num_seqs:
+            seq = self.waiting[0]
+            if not admitted or admitted[-1].request is not seq.request:
+                budget_tokens -= len(seq.request.prompt_token_ids)
+                if admitted and budget_tokens < 0:
+                    break
+            self.waiting.popleft()
+            seq.status = Status.RUNNING
+            self.running.append(seq)
+            admitted.append(seq)
+        return admitted
+
+    def finish(self, seq: Sequence) -> tuple[int, int] | None:
+        """Frees the sequence's row; (from, to) when the last row must move into it."""
+        row = self.running.index(seq)
+        seq.status = Status.FINISHED
+        last = self.running.pop()
+        if last is seq:
+            return None
+        self.running[row] = last
+        return len(self.running), row
+
+
+# --- The cache, and attention over it -----------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Rows:
+    """One forward pass: rows of the running sequences first, then whole prompts.
+
+    Row i of the pass is a token: `token_ids[i]` at position `positions[i]` of the
+    sequence in cache row `cache_rows[i]`.
+    """
+
+    decode_start: int = 0  # the running sequences decode_start … decode_end-1, a row each
+    decode_end: int = 0
+    prompts: list[tuple[int, int]] = field(default_factory=list)  # (first row, num_tokens)
+    token_ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    cache_rows: list[int] = field(default_factory=list)
+    logit_rows: list[int] = field(default_factory=list)  # rows whose logits are wanted
+    key_length: int = 0  # keys that the decode rows read, padding included
+
+    def add_prompt(self, token_ids: SequenceOf[int], cache_row: int) -> None:
+        self.prompts.append((len(self.token_ids), len(token_ids)))
+        self.token_ids += token_ids
+        self.positions += range(len(token_ids))
+        self.cache_rows += [cache_row] * len(token_ids)
+
+
+class SlotCache:
+    """Keys and values of every running sequence: (rows, kv_heads, max_model_len, head_dim).
+
+    One row more than there can be sequences: the last takes the rows of padding. Memory
+    is reserved, and used only as far as sequences really reach.
+    """
+
+    def __init__(self, model: PreTrainedModel, num_rows: int, max_model_len: int):
+        config = model.config.get_text_config()
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        shape = (num_rows + 1, kv_heads, max_model_len, head_dim)
+        layers = range(config.num_hidden_layers)
+        self.padding_row = num_rows
+        self.keys = [_reserved_zeros(shape, model.dtype, model.device) for _ in layers]
+        self.values = [_reserved_zeros(shape, model.dtype, model.device) for _ in layers]
+
+    def begin(self, rows: Rows) -> None:
+        """Sets what `attend` does until the next call."""
+        device = self.keys[0].device
+        self.rows = rows
+        self.cache_rows = torch.tensor(rows.cache_rows, device=device)
+        self.positions = torch.tensor(rows.positions, device=device)
+        decode_positions = self.positions[: rows.decode_end - rows.decode_start]
+        key_positions = torch.arange(rows.key_length, device=device)
+        is_hidden = key_positions[None, :] > decode_positions[:, None]
+        self.mask = torch.zeros(is_hidden.shape, dtype=self.keys[0].dtype, device=device)
+        self.mask.masked_fill_(is_hidden, -math.inf)
+        self.mask = self.mask[:, None, None, :]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Stores keys and values of all rows, then attends; (1, heads, rows, dim) in,
+        (1, rows, heads, dim) out."""
+        rows, keys, values = self.rows, self.keys[layer], self.values[layer]
+        key, value = key[0].transpose(0, 1), value[0].transpose(0, 1)
+        keys[self.cache_rows, :, self.positions] = key
+        values[self.cache_rows, :, self.positions] = value
+        query = query[0].transpose(0, 1)
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        num_decode = rows.decode_end - rows.decode_start
+        if num_decode:
+            # Plain products: on some CPUs the fused kernel gives a row other bits in other
+            # company, and for one query a row it is no faster.
+            batch = slice(rows.decode_start, rows.decode_end)
+            grouped = query[:num_decode].reshape(num_decode, keys.shape[1], -1, query.shape[-1])
+            scores = (grouped * scale) @ keys[batch, :, : rows.key_length].transpose(-1, -2)
+            weights = torch.softmax(scores.add_(self.mask), dim=-1)
+            attended = weights @ values[batch, :, : rows.key_length]
+            out[:num_decode] = attended.view(num_decode, *query.shape[1:])
+        for first, length in rows.prompts:
+            prompt = slice(first, first + length)
+            out[prompt] = F.scaled_dot_product_attention(
+                query[prompt].transpose(0, 1)[None].contiguous(),
+                key[prompt].transpose(0, 1)[None].contiguous(),
+                value[prompt].transpose(0, 1)[None].contiguous(),
+                is_causal=True,
+                scale=scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )[0].transpose(0, 1)
+        return out[None]
+
+    def copy_row(self, source: int, target: int, num_tokens: int) -> None:
+        """Gives `target` the first `num_tokens` positions of `source`."""
+        for tensor in itertools.chain(self.keys, self.values):
+            tensor[target, :, :num_tokens] = tensor[source, :, :num_tokens]
+
+
+def _reserved_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that cost no memory before they are written (on a CPU)."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        pages.madvise(mmap.MADV_NOHUGEPAGE)  # else a short sequence takes the room of a long one
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
+def _slot_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    slot_cache: SlotCache,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls in every layer."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return slot_cache.attend(cast(int, module.layer_idx), query, key, value, scale), None
+
+
+ALL_ATTENTION_FUNCTIONS.register("slots", _slot_attention)
+
+
+# --- Weights ------------------------------------------------------------------------------------
+
+
+class PackedLinear(nn.Module):
+    """x @ weight.T + bias with the weight packed once for oneDNN: (…, in) to (…, out)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, gelu: bool = False):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self.bias = bias
+        self.gelu = gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        post_op: tuple[str, list[float], str] = (
+            ("gelu", [], "tanh") if self.gelu else ("none", [], "")
+        )
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *post_op)
+
+
+class Int8Linear(nn.Module):
+    """The same with int8 weights, one scale a row, and inputs quantised as they come.
+
+    An input's scale is that of the whole batch, so results depend on the company.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        weight = weight.float()
+        scales = (weight.abs().amax(dim=1) / 127).clamp(min=1e-9)
+        quantized = torch.quantize_per_channel(
+            weight, scales, torch.zeros(len(scales), dtype=torch.int64), 0, torch.qint8
+        )
+        self.packed = torch.ops.quantized.linear_prepack(
+            quantized, bias.float() if bias is not None else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.quantized.linear_dynamic(x, self.packed)
+
+
+def native_dtype(device: str | torch.device = "cpu") -> torch.dtype:
+    """bfloat16 where the device computes in it natively, else float32."""
+    if torch.device(device).type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    if torch.device(device).type == "cpu" and torch.backends.mkldnn.is_available():
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if has_bf16 else torch.float32
+    return torch.float32
+
+
+def available_cores() -> int:
+    """The cores this process may use: its affinity, cut by its control group's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    quota = math.inf
+    v2, v1 = Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
+    try:
+        if v2.exists():
+            limit, period = v2.read_text().split()
+            quota = math.inf if limit == "max" else int(limit) / int(period)
+        elif v1.exists() and (limit_us := int(v1.read_text())) > 0:
+            quota = limit_us / int(v1.with_name("cpu.cfs_period_us").read_text())
+    except (OSError, ValueError):
+        pass  # an unreadable quota is no quota
+    return max(1, math.ceil(min(cores or 1, quota)))
+
+
+def prepare_weights(model: PreTrainedModel, quantization: str | None) -> None:
+    """Packs every linear layer of a CPU model in place and frees the unpacked weights.
+
+    quantization: None or "int8". Activations of int8 layers are float32.
+    """
+    if model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        if quantization:
+            raise ValueError("QUANTIZATION=int8 needs a CPU that oneDNN supports")
+        return
+    if quantization:
+        torch.backends.quantized.engine = "onednn"
+
+    def pack(linear: Any, gelu: bool = False) -> nn.Module:
+        weight = linear.weight.detach()
+        if isinstance(linear, Conv1D):
+            weight = weight.T.contiguous()
+        bias = None if linear.bias is None else linear.bias.detach()
+        return Int8Linear(weight, bias) if quantization else PackedLinear(weight, bias, gelu)
+
+    for module in list(model.modules()):
+        if isinstance(module, GPT2MLP) and module.act.__class__ in (
+            ACT2FN["gelu_new"].__class__,
+            ACT2FN["gelu_pytorch_tanh"].__class__,
+        ):  # two spellings of one function, which oneDNN fuses into the product before it
+            module.act = nn.GELU(approximate="tanh") if quantization else nn.Identity()
+            module.c_fc = pack(module.c_fc, gelu=True)
+        for name, child in module.named_children():
+            if type(child) in (nn.Linear, Conv1D):
+                setattr(module, name, pack(child))
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)  # gives the unpacked weights back to the system
+
+
+# --- Sampling -----------------------------------------------------------------------------------
+
+
+GREEDY, UNSORTED = 0, -1  # in place of a number of candidates
+
+
+def edit_logits(logits: Tensor, seqs: SequenceOf[Sequence], eos_token_ids: Iterable[int]) -> None:
+    """Applies penalties, biases and bans to logits (B, vocab) float32, in place."""
+    for row, seq in enumerate(seqs):
+        params, output = seq.params, seq.output_token_ids
+        if banned := seq.banned.get(len(output)):
+            logits[row, banned] = -math.inf
+        if not params.edits_logits:
+            continue
+        if params.repetition_penalty != 1.0:
+            ids = torch.tensor(sorted({*seq.request.prompt_token_ids, *output}))
+            seen = logits[row, ids]
+            penalty = params.repetition_penalty
+            logits[row, ids] = torch.where(seen > 0, seen / penalty, seen * penalty)
+        if output and (params.presence_penalty or params.frequency_penalty):
+            ids, counts = torch.tensor(output).unique(return_counts=True)
+            penalties = params.presence_penalty + params.frequency_penalty * counts
+            logits[row, ids] -= penalties.to(logits)
+        if params.logit_bias:
+            ids = torch.tensor(list(params.logit_bias))
+            logits[row, ids] += torch.tensor(list(params.logit_bias.values())).to(logits)
+        if len(output) < params.min_tokens:
+            logits[row, list(eos_token_ids)] = -math.inf
+
+
+def sample(logits: Tensor, seqs: SequenceOf[Sequence]) -> list[int]:
+    """One token id a row of logits (B, vocab) float32; row i draws from seqs[i].rng.
+
+    What a row gives depends on that row alone, to the last bit: rows are computed in
+    classes of fixed width, and a sum over a row never sees how many others there are.
+    """
+    token_ids = [0] * len(seqs)
+    vocab_size = logits.shape[1]
+    classes: dict[int, list[int]] = {}
+    for row, seq in enumerate(seqs):
+        params = seq.params
+        if params.temperature == 0:
+            width = GREEDY
+        elif params.top_k == 0 and params.top_p == 1:
+            width = UNSORTED
+        else:
+            width = 64 if 0 < params.top_k <= 64 else 1024
+        classes.setdefault(min(width, vocab_size), []).append(row)
+    for width, rows in classes.items():
+        part = logits if len(rows) == len(seqs) else logits[rows]
+        if width == GREEDY:
+            picked = part.argmax(dim=-1).tolist()
+        else:
+            picked = _draw(part, [seqs[row] for row in rows], width)
+        for row, token_id in zip(rows, picked, strict=True):
+            token_ids[row] = token_id
+    return token_ids
+
+
+def _draw(logits: Tensor, seqs: SequenceOf[Sequence], width: int) -> list[int]:
+    """One token id a row of logits (B, vocab), of its `width` likeliest or of all UNSORTED."""
+
+    def column(values: Iterable[float]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.float64, device=logits.device)[:, None]
+
+    vocab_size = logits.shape[1]
+    temperatures = column(seq.params.temperature for seq in seqs)
+    if width == UNSORTED:
+        values, ids = logits, None
+    else:
+        values, ids = torch.topk(logits, width, dim=-1)
+    peak = values.amax(dim=-1, keepdim=True).double()
+    weights = torch.exp((values.double() - peak) / temperatures)
+    if ids is not None:
+        top_k = column(seq.params.top_k or vocab_size for seq in seqs)
+        top_p = column(seq.params.top_p for seq in seqs)
+        weights[torch.arange(width, device=logits.device)[None, :] >= top_k] = 0
+        cumulative = weights.cumsum(dim=-1)
+        total = cumulative[:, -1:]
+        if 64 < width < vocab_size:
+            # top_p is a share of the top_k tokens, or of all: more than were looked at?
+            everything = torch.exp((logits.double() - peak) / temperatures).cumsum(dim=-1)
+            total = torch.where(top_k == vocab_size, everything[:, -1:], total)
+            is_cut = (top_k > width) & (cumulative[:, -1:] < top_p * total)
+            is_cut |= (top_k > width) & (top_k < vocab_size)
+            if is_cut.any():  # a flat distribution: these rows again, each on its own and whole
+                rows = is_cut[:, 0].tolist()
+                return [
+                    _draw(logits[i : i + 1], [seq], vocab_size if rows[i] else width)[0]
+                    for i, seq in enumerate(seqs)
+                ]
+        weights[cumulative - weights >= top_p * total] = 0
+    weights[weights < column(seq.params.min_p for seq in seqs)] = 0  # the likeliest weighs 1
+    cumulative = weights.cumsum(dim=-1)
+    targets = column(seq.rng.random() for seq in seqs) * cumulative[:, -1:]
+    picked = (cumulative <= targets).sum(dim=-1, keepdim=True)
+    picked = picked if ids is None else ids.gather(1, picked)
+    return picked[:, 0].tolist()
+
+
+def collect_logprobs(
+    logits: Tensor, token_ids: SequenceOf[int], num_top: int
+) -> list[TokenLogprobs]:
+    """Of token_ids[i] and the `num_top` likeliest tokens, at each row of logits (B, vocab)."""
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    top_values, top_ids = logprobs.topk(num_top, dim=-1)
+    return [
+        TokenLogprobs(token_id, row[token_id].item(), list(zip(ids, values, strict=True)))
+        for row, token_id, ids, values in zip(
+            logprobs, token_ids, top_ids.tolist(), top_values.tolist(), strict=True
+        )
+    ]
+
+
+# --- The engine ---------------------------------------------------------------------------------
+
+
+class Engine:
+    """Serves one causal language model to many clients; see the module's docstring.
+
+    model: any transformers causal LM whose attention can be replaced; it is changed in
+        place (weights packed, attention set) and belongs to the engine from here on.
+    max_model_len: prompt and output together; cut to the model's context.
+    text_filter: what generated text must not contain; None lets everything pass.
+
+    The thread starts with the first request, or with `start`. Raises ValueError for a
+    model whose attention cannot be replaced.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_num_seqs: int = 64,
+        max_queue_size: int = 256,
+        max_model_len: int | None = None,
+        quantization: str | None = None,
+        num_threads: int | None = None,
+        text_filter: TextFilter | None = None,
+    ):
+        if not model._supports_attention_backend:
+            raise ValueError(f"{type(model).__name__} does not let its attention be replaced")
+        config = model.config.get_text_config()
+        windows = [config.max_position_embeddings, getattr(config, "sliding_window", None)]
+        self.max_model_len = min(n for n in (*windows, max_model_len) if n)
+        self.num_threads = num_threads or available_cores()
+        torch.set_num_threads(self.num_threads)
+        self.model = model.eval()
+        self.model.set_attn_implementation("slots")
+        self.tokenizer = tokenizer
+        self.text_filter = text_filter
+        self.eos_token_ids = self._eos_token_ids()
+        prepare_weights(model, quantization)
+        self.scheduler = Scheduler(max_num_seqs, max_queue_size)
+        self.cache = SlotCache(model, max_num_seqs, self.max_model_len)
+        self.min_rows, self.max_rows = self._measure_batch_invariance()
+        self.num_rollbacks = 0
+        self.num_failed_steps = 0  # in a row
+        self._lock = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._is_stopping = False
+
+    def _eos_token_ids(self) -> set[int]:
+        configured = self.model.generation_config.eos_token_id
+        if configured is None:
+            return set()
+        return set(configured) if isinstance(configured, list) else {configured}
+
+    # The clients' side: any thread, any event loop.
+
+    @property
+    def num_running(self) -> int:
+        return len(self.scheduler.running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.scheduler.waiting)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a request submitted now would be refused."""
+        with self._lock:
+            return self.scheduler.num_waiting_requests >= self.scheduler.max_queue_size
+
+    @property
+    def is_healthy(self) -> bool:
+        """False once steps have failed MAX_FAILED_STEPS times in a row, until one succeeds."""
+        return self.num_failed_steps < MAX_FAILED_STEPS and not self._is_stopping
+
+    def submit(
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        num_sequences: int = 1,
+        streams: bool = False,
+    ) -> Request:
+        """A queued request, whose deltas the running event loop will receive; see `stream`.
+
+        Raises QueueFullError at once when the queue is full, EngineStoppedError after
+        `stop`, and ValueError when the prompt leaves no room for a token.
+        """
+        if not 0 < len(prompt_token_ids) < self.max_model_len:
+            raise ValueError(f"a prompt has 1 to {self.max_model_len - 1} tokens")
+        text, num_safe = "", 0
+        if self.text_filter:
+            text = self.tokenizer.decode(prompt_token_ids, skip_special_tokens=True)
+            num_safe = self.text_filter.scan(text, 0, final=False)[1]
+        loop = asyncio.get_running_loop()
+        request = Request(prompt_token_ids, params, text, num_safe, streams, loop)
+        seed = random.getrandbits(63) if params.seed is None else params.seed
+        seqs = [Sequence(request, index, seed) for index in range(num_sequences)]
+        request.num_unfinished = num_sequences
+        with self._lock:
+            if self._is_stopping:
+                raise EngineStoppedError("the engine was stopped")
+            self.scheduler.add(seqs)
+            self._start_thread()
+            self._lock.notify()
+        return request
+
+    async def stream(self, request: Request) -> AsyncGenerator[Delta]:
+        """The deltas of all sequences of a request, in the order they were made.
+
+        Raises what ended the request: InferenceError or EngineStoppedError. However the
+        loop over it ends, the request is aborted if it is not finished.
+        """
+        try:
+            unfinished = request.num_unfinished
+            while unfinished:
+                deltas = await request.deltas.get()
+                if isinstance(deltas, EngineError):
+                    raise deltas
+                for delta in deltas:
+                    unfinished -= delta.finish_reason is not None
+                    yield delta
+        finally:
+            self.abort(request)
+
+    async def complete(self, request: Request) -> list[Delta]:
+        """Every sequence of a request as one delta, in order. Raises as `stream` does."""
+        last = {delta.index: delta async for delta in self.stream(request)}
+        return [last[index] for index in sorted(last)]
+
+    def abort(self, request: Request) -> None:
+        """Frees the request's places before the next step; a no-op when it is finished."""
+        with self._lock:
+            request.is_aborted = True
+            self._lock.notify()
+
+    def start(self) -> None:
+        """Starts the engine's thread ahead of the first request."""
+        with self._lock:
+            self._start_thread()
+
+    def stop(self) -> None:
+        """Ends the thread; what it held ends with EngineStoppedError."""
+        with self._lock:
+            self._is_stopping = True
+            self._lock.notify()
+        if self._thread:
+            self._thread.join()
+
+    def _start_thread(self) -> None:
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+            self._thread.start()
+
+    # The engine's side: its own thread alone.
+
+    def _run(self) -> None:
+        torch.set_num_threads(self.num_threads)
+        with torch.inference_mode():
+            while not self._is_stopping:
+                self._remove_aborted()
+                try:
+                    if not self.is_healthy:
+                        self._probe()
+                    elif self.scheduler.is_finished:
+                        with self._lock:
+                            self._lock.wait_for(
+                                lambda: self._is_stopping or not self.scheduler.is_finished
+                            )
+                    else:
+                        self.step()
+                        self.num_failed_steps = 0
+                except Exception as error:
+                    self.num_failed_steps += 1
+                    logger.exception("a step failed; its %d sequences end", self.num_running)
+                    failure = InferenceError("a step of the model failed")
+                    failure.__cause__ = error
+                    self._fail(self.scheduler.running, failure)
+                    self.scheduler.running = []
+            self._fail([*self.scheduler.running, *self.scheduler.waiting], EngineStoppedError())
+            self.scheduler.running, self.scheduler.waiting = [], deque()
+
+    def step(self) -> None:
+        """Everyone running gains a token, or gives some back to the filter."""
+        with self._lock:
+            admitted = self.scheduler.schedule()
+        logits = self._forward(admitted)
+        token_ids = self._sample(logits)
+        self._postprocess(token_ids)
+
+    def _probe(self) -> None:
+        """Runs one token after a pause, to see whether an unhealthy engine has recovered."""
+        time.sleep(PROBE_SECONDS)
+        with self._lock:
+            waiting, self.scheduler.waiting = self.scheduler.waiting, deque()
+        self._fail(waiting, InferenceError("the model keeps failing"))
+        rows = Rows(logit_rows=[0])
+        rows.add_prompt([0], self.cache.padding_row)
+        self._run_model(rows)
+        self.num_failed_steps = 0
+        logger.info("the model answers again")
+
+    def _remove_aborted(self) -> None:
+        with self._lock:
+            waiting = self.scheduler.waiting
+            if any(seq.request.is_aborted for seq in waiting):
+                kept = [seq for seq in waiting if not seq.request.is_aborted]
+                self.scheduler.waiting = deque(kept)
+        for seq in [seq for seq in self.scheduler.running if seq.request.is_aborted]:
+            self._free(seq)
+
+    def _free(self, seq: Sequence) -> None:
+        if move := self.scheduler.finish(seq):
+            source, target = move
+            self.cache.copy_row(source, target, self.scheduler.running[target].num_tokens)
+
+    def _fail(self, seqs: Iterable[Sequence], error: EngineError) -> None:
+        for request in {seq.request.id: seq.request for seq in seqs}.values():
+            request.is_aborted = True
+            _call_soon(request.loop, request.deltas.put_nowait, error)
+
+    def _forward(self, admitted: list[Sequence]) -> Tensor:
+        """Logits (num_running, vocab) float32 of the next token of every running sequence."""
+        running = self.scheduler.running
+        num_decode = len(running) - len(admitted)
+        passes: list[Rows] = []
+        for start in range(0, num_decode, self.max_rows):
+            rows = Rows(start, min(start + self.max_rows, num_decode))
+            for row in range(rows.decode_start, rows.decode_end):
+                rows.token_ids.append(running[row].last_token_id)
+                rows.positions.append(running[row].num_tokens - 1)
+                rows.cache_rows.append(row)
+            rows.logit_rows = list(range(len(rows.token_ids)))
+            length = max(rows.positions) + 1
+            rows.key_length = min(
+                -(-length // KEY_BLOCK_TOKENS) * KEY_BLOCK_TOKENS, self.max_model_len
+            )
+            passes.append(rows)
+        logits_of = list(range(num_decode))  # for each running row, the row of its logits
+        leader = None
+        for row, seq in enumerate(admitted, start=num_decode):
+            if leader is not None and running[leader].request is seq.request:
+                logits_of.append(logits_of[leader])
+                continue
+            leader = row
+            logits_of.append(max(logits_of, default=-1) + 1)
+            prompt = seq.request.prompt_token_ids
+            is_short = len(prompt) <= min(SHORT_PROMPT_TOKENS, self.max_rows)
+            if not (
+                is_short and passes and len(passes[-1].token_ids) + len(prompt) <= self.max_rows
+            ):
+                passes.append(Rows())
+            passes[-1].add_prompt(prompt, row)
+            passes[-1].logit_rows.append(len(passes[-1].token_ids) - 1)
+        logits = torch.cat([self._run_model(rows) for rows in passes])
+        leader = None
+        for row, seq in enumerate(admitted, start=num_decode):
+            if leader is not None and running[leader].request is seq.request:
+                self.cache.copy_row(leader, row, len(seq.request.prompt_token_ids))
+            else:
+                leader = row
+        return logits if len(logits) == len(running) else logits[logits_of]
+
+    def _run_model(self, rows: Rows) -> Tensor:
+        """Logits (len(rows.logit_rows), vocab) float32 of one forward pass."""
+        if (missing := self.min_rows - len(rows.token_ids)) > 0:
+            rows.add_prompt([0] * missing, self.cache.padding_row)
+        self.cache.begin(rows)
+        output = self.model(
+            input_ids=torch.tensor([rows.token_ids], device=self.model.device),
+            position_ids=self.cache.positions[None],
+            logits_to_keep=torch.tensor(rows.logit_rows, device=self.model.device),
+            use_cache=False,
+            slot_cache=self.cache,
+        )
+        return output.logits[0].float()
+
+    @torch.inference_mode()
+    def _measure_batch_invariance(self) -> tuple[int, int]:
+        """(fewest, most) rows a pass may have so that each row's logits stay the same bits.
+
+        Matrix kernels sum in another order from some number of rows on (a single row, more
+        than 32, …), which depends on the processor. Where no range is found, every pass
+        has exactly 16 rows: the same shape takes the same kernel.
+        """
+        most = self.scheduler.max_num_seqs + SHORT_PROMPT_TOKENS
+        self.min_rows = 1
+        if self.model.device.type != "cpu":
+            return 1, most
+        vocab = self.model.config.get_text_config().vocab_size
+        token_ids = np.random.default_rng(0).integers(0, vocab, most).tolist()
+
+        def logits(num_rows: int) -> Tensor:
+            num_decode = min(num_rows, self.scheduler.max_num_seqs)
+            rows = Rows(0, num_decode, key_length=min(KEY_BLOCK_TOKENS, self.max_model_len))
+            rows.token_ids = token_ids[:num_decode]
+            rows.positions = [0] * num_decode
+            rows.cache_rows = list(range(num_decode))
+            for token_id in token_ids[num_decode:num_rows]:
+                rows.add_prompt([token_id], self.cache.padding_row)
+            rows.logit_rows = list(range(num_rows))
+            return self._run_model(rows)
+
+        sizes = [n for n in (1, 2, 3, 4, 5, 8, 12, 16, 24, 32, 33, 48, 64) if n < most] + [most]
+        measured = {n: logits(n) for n in sizes}
+        for fewest in (1, 2, 4):
+            last = fewest
+            for smaller, larger in itertools.pairwise(n for n in sizes if n >= fewest):
+                if not torch.equal(measured[larger][:smaller], measured[smaller]):
+                    break
+                last = larger
+            if last >= min(16, most):
+                return fewest, last
+        return 16, 16
+
+    def _sample(self, logits: Tensor) -> list[int]:
+        running = self.scheduler.running
+        wanting = [row for row, seq in enumerate(running) if seq.params.num_logprobs is not None]
+        raw = logits[wanting] if wanting else logits[:0]  # a copy: edits come next
+        edit_logits(logits, running, self.eos_token_ids)
+        token_ids = sample(logits, running)
+        for row, row_logits in zip(wanting, raw, strict=True):
+            seq = running[row]
+            seq.logprobs += collect_logprobs(
+                row_logits[None], [token_ids[row]], seq.params.num_logprobs or 0
+            )
+        return token_ids
+
+    def _postprocess(self, token_ids: list[int]) -> None:
+        """Adds each running sequence's token; hands out deltas, frees what has finished."""
+        deltas: dict[asyncio.AbstractEventLoop, list[tuple[Request, Delta]]] = {}
+        for seq, token_id in zip(list(self.scheduler.running), token_ids, strict=True):
+            if delta := self._append(seq, token_id):
+                deltas.setdefault(seq.request.loop, []).append((seq.request, delta))
+                if delta.finish_reason:
+                    self._free(seq)
+        for loop, outputs in deltas.items():
+            _call_soon(loop, _deliver, outputs)
+
+    def _append(self, seq: Sequence, token_id: int) -> Delta | None:
+        """What the client gains by this token: text that nothing to come can take back."""
+        params, request = seq.params, seq.request
+        if seq.decode_stream is None:
+            seq.decode_stream = DecodeStream(
+                ids=request.prompt_token_ids[-CONTEXT_TOKENS:], skip_special_tokens=True
+            )
+        seq.output_token_ids.append(token_id)
+        old_length = len(seq.text)
+        seq.text += seq.decode_stream.step(self.tokenizer.backend_tokenizer, token_id) or ""
+        seq.text_ends.append(len(seq.text))
+        num_output = len(seq.output_token_ids)
+
+        finish_reason: FinishReason | None = None
+        if token_id in self.eos_token_ids and not params.ignore_eos:
+            finish_reason = "stop"
+        elif num_output >= params.max_new_tokens or seq.num_tokens >= self.max_model_len:
+            finish_reason = "length"
+        if params.stop and num_output > params.min_tokens:
+            longest = max(map(len, params.stop))
+            found = [
+                at
+                for stop in params.stop
+                if (at := seq.text.find(stop, max(0, old_length - longest + 1))) >= 0
+            ]
+            if found:
+                finish_reason = "stop"
+                seq.text = seq.text[: min(found)]
+
+        # What is released stays: not even a roll-back may reach it, nor what it decided.
+        settled = safe = len(seq.text)
+        if self.text_filter:
+            prompt, start = request.prompt_text, seq.num_safe_characters
+            hit, safe = self.text_filter.scan(
+                prompt + seq.text, start, final=finish_reason is not None
+            )
+            if hit:
+                return self._roll_back(seq, hit[0] - len(prompt))
+            if safe < len(prompt) + len(seq.text):
+                # A forbidden word may have begun; then its first token will be drawn anew.
+                settled = seq.token_start(safe - len(prompt))
+                _, safe = self.text_filter.scan(prompt + seq.text[:settled], start, final=False)
+            seq.num_safe_characters = safe
+            safe -= len(prompt)
+        if finish_reason:
+            return self._release(seq, num_output, finish_reason)
+        if not request.streams:
+            return None
+        for stop in params.stop:
+            while safe > 0 and any(
+                seq.text[:settled].endswith(stop[:n])
+                for n in range(settled - safe + 1, min(len(stop), settled) + 1)
+            ):
+                safe -= 1  # a stop string may have begun
+        num_safe = seq.num_released_tokens
+        while num_safe < num_output and seq.text_ends[num_safe] <= safe:
+            num_safe += 1
+        return self._release(seq, num_safe, None)
+
+    def _release(
+        self, seq: Sequence, num_tokens: int, finish_reason: FinishReason | None
+    ) -> Delta | None:
+        """The output tokens up to `num_tokens` that the client has not got yet."""
+        released = seq.num_released_tokens
+        start = seq.text_ends[released - 1] if released else 0
+        end = (
+            len(seq.text) if finish_reason else (seq.text_ends[num_tokens - 1] if num_tokens else 0)
+        )
+        seq.num_released_tokens = num_tokens
+        if finish_reason is None and end <= start:
+            seq.num_released_tokens = released  # tokens without text go out with the next text
+            return None
+        return Delta(
+            index=seq.index,
+            text=seq.text[start:end],
+            token_ids=seq.output_token_ids[released:num_tokens],
+            logprobs=seq.logprobs[released:num_tokens],
+            finish_reason=finish_reason,
+        )
+
+    def _roll_back(self, seq: Sequence, hit_start: int) -> Delta | None:
+        """Takes the tokens from `hit_start` of the text on back, and bans the first of them
+        there; ends the sequence when that has happened MAX_ROLLBACKS times."""
+        kept = bisect.bisect_right(seq.text_ends, hit_start)
+        seq.banned = {at: ids for at, ids in seq.banned.items() if at <= kept}
+        seq.banned.setdefault(kept, []).append(seq.output_token_ids[kept])
+        seq.num_rollbacks += 1
+        self.num_rollbacks += 1
+        del seq.output_token_ids[kept:], seq.text_ends[kept:], seq.logprobs[kept:]
+        seq.text = seq.text[: seq.text_ends[-1] if kept else 0]
+        if seq.num_rollbacks > MAX_ROLLBACKS:
+            return self._release(seq, kept, "content_filter")
+        seq.decode_stream = DecodeStream(
+            ids=seq.request.prompt_token_ids[-CONTEXT_TOKENS:], skip_special_tokens=True
+        )
+        for token_id in seq.output_token_ids:
+            seq.decode_stream.step(self.tokenizer.backend_tokenizer, token_id)
+        return None
+
+
+def _call_soon(
+    loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *args: Any
+) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear
+        loop.call_soon_threadsafe(callback, *args)
+
+
+def _deliver(outputs: list[tuple[Request, Delta]]) -> None:
+    for request, delta in outputs:
+        request.deltas.put_nowait([delta])

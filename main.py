@@ -1,0 +1,939 @@
+"""Text generation with GPT-2-class models behind an HTTP API.
+
+    uvicorn main:app            # then open http://localhost:8000/docs
+
+Routes: `POST /generate` (JSON, or server-sent events with `"stream": true`),
+`POST /generate-text/`, `GET|POST /generate/text` (plain text as it is generated),
+`GET /{prompt}`, `GET /health`, `GET /ready`, `GET /docs`.
+
+The path of a request: RequestContext (request id, access log) -> body limit -> schema in
+models.py -> content filter -> tokens -> `Engine.submit`, which refuses at once when its
+queue is full -> text, filtered again -> response. Everything in this module runs on the
+event loop and never computes for long; the engine's thread owns the model (engine.py).
+"""
+
+import asyncio
+import json
+import logging
+import re
+import sys
+import time
+import unicodedata
+import uuid
+from bisect import bisect_left
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing, asynccontextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import quote, unquote
+
+import httpx
+import regex
+import torch
+from dotenv import load_dotenv
+from fastapi import FastAPI, HTTPException, Query, Request, Response
+from fastapi import Path as PathParameter
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi_offline import FastAPIOffline
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from transformers import pipeline
+from transformers.utils import logging as transformers_logging
+
+import models
+from engine import (
+    Delta,
+    Engine,
+    EngineStoppedError,
+    InferenceError,
+    QueueFullError,
+    SamplingParams,
+    native_dtype,
+)
+from engine import Request as EngineRequest
+
+logger = logging.getLogger("service")
+
+BUNDLED_MODEL = Path(__file__).parent / "gpt2-tales"
+HUB_PROBE_SECONDS = 3.0
+RETRY_AFTER_SECONDS = 1
+
+# --- Settings -----------------------------------------------------------------------------------
+
+
+class Settings(BaseSettings):
+    """Read once, from the environment or `.env`; an empty variable counts as unset."""
+
+    model_config = SettingsConfigDict(env_ignore_empty=True, frozen=True)
+
+    model_name: str | None = Field(
+        default=None,
+        description="Hugging Face ids or folders, comma-separated; the first is the default. "
+        "Unset: `gpt2` from the local cache or the hub, else the bundled `gpt2-tales`.",
+    )
+    forbidden_words: str = Field(
+        default="hate*,violence",
+        description="Comma-separated; a trailing `*` matches any ending; a lone comma turns "
+        "the filter off.",
+    )
+    filter_output: bool = Field(
+        default=True, description="Whether generated text is filtered as prompts are."
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="`auto` is bfloat16 where the processor computes in it natively.",
+    )
+    quantization: Literal["int8"] | None = Field(
+        default=None,
+        description="`int8` packs weights to 8 bits (CPU only); seeds then hold only for "
+        "requests that run alone.",
+    )
+    torch_num_threads: int | None = Field(
+        default=None, ge=1, description="Unset: the cores that the process may use."
+    )
+    max_num_seqs: int = Field(
+        default=64, ge=1, le=1024, description="Sequences that are generated at the same time."
+    )
+    max_queue_size: int = Field(
+        default=256, ge=1, description="Requests that may wait; one more is answered 503."
+    )
+    max_model_len: int | None = Field(
+        default=None,
+        ge=16,
+        description="Tokens of prompt and text together. Unset: the model's context.",
+    )
+    request_timeout_seconds: float = Field(
+        default=120, gt=0, description="A request that takes longer is answered 504."
+    )
+    max_body_bytes: int = Field(
+        default=1_000_000, ge=1024, description="A larger request body is answered 413."
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        default="INFO", description="Of the service's own log."
+    )
+
+
+def read_settings() -> Settings:
+    """The settings. Ends the process with a line for each variable that is not allowed."""
+    load_dotenv()  # into the environment, so that HF_TOKEN and the like may stand there too
+    try:
+        return Settings()
+    except ValidationError as invalid:
+        problems = (f"{'.'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in invalid.errors())
+        sys.exit("Invalid settings. " + "; ".join(problems))
+
+
+settings = read_settings()
+
+# --- Logs ---------------------------------------------------------------------------------------
+
+request_id: ContextVar[str] = ContextVar("request_id", default="-")
+
+
+def set_up_logging() -> None:
+    """Gives every line the id of its request; puts our access log in uvicorn's place.
+
+    uvicorn logs whole paths, and the path of `GET /{prompt}` is a prompt.
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        logging.Formatter("%(asctime)s %(levelname)s %(name)s [%(request_id)s] %(message)s")
+    )
+
+    def add_request_id(record: logging.LogRecord) -> bool:
+        record.request_id = request_id.get()
+        return True
+
+    handler.addFilter(add_request_id)
+    for name in ("service", "engine"):
+        logging.getLogger(name).handlers[:] = [handler]
+        logging.getLogger(name).setLevel(settings.log_level)
+    logging.getLogger("uvicorn.access").disabled = True
+    transformers_logging.disable_progress_bar()
+
+
+set_up_logging()
+
+# --- Content filter -----------------------------------------------------------------------------
+
+# By shape, so case matters: Cyrillic capital EN reads as H, small en does not.
+LOOK_ALIKES = str.maketrans(
+    "аеорсухіјѕһԁԛԝѵткӏВМНІӀαβενικορτυχγωηΗΜΝΖΥΙհօսոցզյɑɩə℮"  # noqa: RUF001
+    "ᎪᏴᏟᎠᎬᎻᎫᏦᏞᎷᏢᏚᎢᏙᎳᏃᎡᏂᎥⲁⲃⲉⲏⲓⲕⲙⲛⲟⲣⲥⲧⲩⲭꓮꓐꓚꓓꓰꓝꓖꓧꓲꓙꓗꓡꓟꓠꓳꓑꓣꓢꓔꓴꓦꓪꓫꓬꓜ",
+    "aeopcyxijshdqwvtklbmhIIabevikoptuxywnhmnzyIhounqqjaiee"
+    "abcdehjklmpstvwzrhiabehikmnopctyxabcdefghIjklmnoprstuvwxyz",
+)
+# Latin letters that Unicode does not decompose (ø, small capitals, 🅷), read off their names.
+LOOK_ALIKES |= {
+    code: ord(name[1].lower())
+    for first, last in ((0xE0, 0x2AF), (0x1D00, 0x1DBF), (0x2C60, 0x2C7F), (0xA720, 0xA7FF),
+                        (0xAB30, 0xAB6F), (0x1F150, 0x1F189))
+    for code in range(first, last + 1)
+    if code not in LOOK_ALIKES and not unicodedata.decomposition(chr(code))
+    if (name := re.search(r"LATIN .*\b([A-Z])(?: WITH .*)?$", unicodedata.name(chr(code), "")))
+}  # fmt: skip
+# Digits and signs read as letters. They stay themselves in canonical text, as they are numbers
+# and punctuation too: "1hate" holds a word, a price of $455 does not.
+STAND_INS = {
+    "a": "4@", "b": "8", "c": "¢", "e": "3€", "g": "69", "i": "I1!|¡", "l": "I1|",
+    "o": "0", "s": "5$", "t": "7+", "z": "2",
+}  # fmt: skip
+FLAGS = "\U0001f1e6-\U0001f1ff"  # regional indicators: letters in a word, else part of a flag
+LETTER = r"\p{L}\p{Mc}"
+INVISIBLE = regex.compile(r"[\p{Mn}\p{Me}\p{Cf}\p{DI}]|(?!\s)\p{Cc}")
+WORD = regex.compile(r"[\p{L}\p{M}\p{Nd}]+(?:[-'’][\p{L}\p{M}\p{Nd}]+)*\*?")  # noqa: RUF001
+
+
+@lru_cache(maxsize=1 << 16)
+def canonical(char: str) -> str:
+    """What one source character reads as: lower-case letters without marks; may be empty.
+
+    Accents are seen through, so French "hâte" reads as the forbidden "hate". "I" stays a
+    capital, since it passes for "l" too.
+    """
+    shapes = INVISIBLE.sub("", unicodedata.normalize("NFKD", char.translate(LOOK_ALIKES)))
+    shapes = shapes.translate(LOOK_ALIKES)
+    folded = "I".join(map(str.casefold, shapes.split("I"))).translate(LOOK_ALIKES)
+    return folded.strip("()") or folded  # U+24A3 decomposes to "(h)"
+
+
+def spell(word: str) -> list[tuple[str, int]]:
+    """Runs of equal letters in word: (regex class of what passes for the letter, count)."""
+    classes = []
+    for char in word:
+        cases = {canonical(char.lower()), canonical(char.upper())}
+        for letters in [cases] if {len(c) for c in cases} == {1} else map(set, canonical(char)):
+            flags = {chr(0x1F1E6 + ord(c) - ord("a")) for c in letters if "a" <= c <= "z"}
+            stand_ins = {s for c in letters for s in STAND_INS.get(c, "")}
+            classes.append("".join(map(regex.escape, sorted(letters | flags | stand_ins))))
+    return [(f"[{letters}]", len(list(run))) for letters, run in groupby(classes)]
+
+
+def any_of(paths: list[list[str]]) -> str:
+    """One pattern for several sequences of patterns, what they begin with in common once."""
+    branches: dict[str, list[list[str]]] = {}
+    for head, *tail in filter(None, paths):
+        branches.setdefault(head, []).append(tail)
+    if not branches:
+        return ""
+    return f"(?:{'|'.join(head + any_of(tails) for head, tails in branches.items())})"
+
+
+class ContentFilter:
+    """Finds forbidden words in text, also in text that is still being written.
+
+    forbidden_words: "hate*,violence": comma-separated; a trailing * matches any ending.
+    Raises: ValueError for a word of other than letters, digits, inner hyphens and apostrophes.
+
+    A word is not preceded, an exact one not followed, by a letter. Its letters may be repeated,
+    or set apart by one separator of 1 to 3 non-letters: "h.a.t.e". There a letter before it
+    shields it, as in "w h a t e v e r", unless that is a word itself: "I h a t e".
+    """
+
+    def __init__(self, forbidden_words: str) -> None:
+        words = {}
+        for word in filter(None, map(str.strip, forbidden_words.split(","))):
+            if not WORD.fullmatch(word) or not canonical(word[0]):
+                raise ValueError(
+                    f"forbidden word {word!r}: allowed are letters, digits, inner hyphens and "
+                    "apostrophes, and one * at the end"
+                )
+            words[word] = [spell(part) for part in regex.split("[-'’]", word.rstrip("*"))]  # noqa: RUF001
+        # Longer runs of one character are cut to this, so that every quantifier is bounded.
+        self.max_run = max([3, *(n for parts in words.values() for runs in parts for _, n in runs)])
+        # Canonical characters that a word may take, with what its end looks at.
+        self.max_span = 12 * self.max_run * max(map(len, words), default=0)
+        paths = [path for word, parts in words.items() for path in self._paths(word, parts)]
+        # A word begins after a non-letter and not inside a number.
+        begin = rf"(?<![{LETTER}])(?<!\d(?=\d))"
+        self.pattern = regex.compile(begin + any_of(paths), regex.DOTALL) if words else None
+
+    def _paths(self, word: str, parts: list[list[tuple[str, int]]]) -> list[list[str]]:
+        """Patterns to match in turn for word as it is, and for word set apart."""
+        letters = [letter for part in parts for letter, n in part for _ in range(n)]
+        is_prefix, is_number = word.endswith("*"), not any(map(str.isalpha, word))
+        # Stand-ins alone are a number: "113" is no "lie".
+        spelled = "" if is_number else rf"(?<![^{LETTER}{FLAGS}]{{{len(letters)}}})"
+        joined: list[str] = []
+        for part in parts:
+            joined += [rf"[^{LETTER}\d]?"] if joined else []  # for a hyphen or an apostrophe
+            joined += [f"{letter}{{{n},{self.max_run}}}" for letter, n in part]
+        # An end needs to see what follows it, so that it does not match while more may follow.
+        digit = r"\d" if word[-1].isdigit() else ""
+        joined += [spelled if is_prefix else rf"{spelled}(?=[^{LETTER}{digit}])"]
+        if len(letters) < 3 or is_number:  # "a b" and "1 9 8 4" are no words
+            return [joined]
+        first, *middle, last = letters
+        gap = "(?P=gap)"
+        apart = [  # the gap is greedy: regex loses partial matches of a lazy one
+            rf"{first}(?P<gap>[^{LETTER}]{{1,3}})"
+            rf"(?<!(?<![{LETTER}])(?![aiouI])[{LETTER}]{gap}.{gap})(?:{first}{gap}){{0,2}}",
+            *(f"{letter}(?:{gap}{letter}){{0,2}}{gap}" for letter in middle),
+            rf"{last}(?:{gap}{last}){{0,2}}",
+            rf"{spelled}(?=[^{LETTER}])",
+            "" if is_prefix else rf"(?!{gap}[{LETTER}][^{LETTER}])(?=.{{5}})",
+        ]
+        return [joined, apart]
+
+    def find(self, text: str, final: bool = True) -> tuple[int, int] | None:
+        """Span in text of the first forbidden word; final=False: that no further text undoes."""
+        return self.scan(text, final=final)[0]
+
+    def safe_length(self, text: str) -> int:
+        """Length of the longest prefix of text that no forbidden word can begin in."""
+        return self.scan(text)[1]
+
+    def scan(
+        self, text: str, start: int = 0, final: bool = False
+    ) -> tuple[tuple[int, int] | None, int]:
+        """Span of the first forbidden word that begins at or after start, and the safe length.
+
+        final: no text follows. Without a hit the safe length never shrinks as text grows, so the
+        last one may be passed as start: then only what follows start is read, and max_run + 5
+        canonical characters before it.
+        """
+        if self.pattern is None:
+            return None, len(text)
+        chars, source = self._read(text, start)
+        if final:
+            chars += "\0" * 5  # what ends look at; canonical text itself holds no NUL
+        source += [len(text)] * 6
+        first = bisect_left(source, start)
+        if match := self.pattern.search(chars, first):
+            return (source[match.start()], source[match.end()]), source[match.start()]
+        if final:
+            return None, len(text)
+        match = self.pattern.search(chars, max(first, len(chars) - self.max_span), partial=True)
+        return None, source[match.start()] if match else len(text)
+
+    def _read(self, text: str, start: int) -> tuple[str, list[int]]:
+        """Canonical text from shortly before start on, and the source index of each character."""
+        first, before = start, ""
+        while first and len(before) < self.max_run + 5:
+            first -= 1
+            for char in reversed(canonical(text[first])):
+                if before[-self.max_run :] != char * self.max_run:
+                    before += char
+        chars: list[str] = []
+        source: list[int] = []
+        last, run = "", 0
+        for index in range(first, len(text)):
+            for char in canonical(text[index]):
+                run = run + 1 if char == last else 1
+                last = char
+                if run <= self.max_run:
+                    chars.append(char)
+                    source.append(index)
+        return "".join(chars), source
+
+
+try:
+    content_filter = ContentFilter(settings.forbidden_words)
+except ValueError as invalid_word:
+    sys.exit(f"Invalid settings. FORBIDDEN_WORDS: {invalid_word}")
+
+# --- Models: loaded here, at import -------------------------------------------------------------
+
+
+def cached_folder(name: str) -> str | None:
+    """The folder in the hub's local cache that holds all of model `name`, else None."""
+
+    def cached(*files: str) -> str | None:
+        found = (try_to_load_from_cache(name, file) for file in files)
+        return next((path for path in found if isinstance(path, str)), None)
+
+    try:
+        config = cached("config.json")
+    except HFValidationError:  # no name that the hub could know
+        return None
+    weights = cached("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    tokenizer = cached("tokenizer.json", "vocab.json", "tokenizer.model")
+    return str(Path(config).parent) if config and weights and tokenizer else None
+
+
+def hub_has(name: str) -> bool:
+    """Whether the hub answers for model `name` right now; the hub's own client retries for
+    23 seconds before it says no."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        url = f"{constants.ENDPOINT}/{name}/resolve/main/config.json"
+        response = httpx.head(url, timeout=HUB_PROBE_SECONDS, follow_redirects=True)
+        return response.is_success
+    except httpx.HTTPError:
+        return False
+
+
+def find_models(model_name: str | None) -> dict[str, str]:
+    """For each model to serve, by the name it is served under, the folder or id to load."""
+    if model_name is None:
+        if folder := cached_folder("gpt2"):
+            return {"gpt2": folder}
+        if hub_has("gpt2"):
+            return {"gpt2": "gpt2"}
+        logger.warning(
+            "gpt2 is neither in the local cache nor to be had from the hub: serving the small "
+            "bundled model %s; set MODEL_NAME to choose another",
+            BUNDLED_MODEL.name,
+        )
+        return {BUNDLED_MODEL.name: str(BUNDLED_MODEL)}
+    sources = {}
+    for entry in filter(None, (part.strip() for part in model_name.split(","))):
+        if Path(entry).is_dir():
+            sources[Path(entry).resolve().name] = entry
+        else:
+            sources[entry] = cached_folder(entry) or entry
+    return sources
+
+
+def load_generator(name: str, source: str) -> Any:
+    """A text-generation pipeline. Ends the process with one line when it cannot be loaded."""
+    started_seconds = time.monotonic()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtypes = {"auto": native_dtype(device), "float32": torch.float32, "bfloat16": torch.bfloat16}
+    dtype = torch.float32 if settings.quantization else dtypes[settings.dtype]
+    try:
+        loaded = pipeline("text-generation", model=source, dtype=dtype, device=device)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        sys.exit(f"MODEL_NAME: cannot load {name!r}: {reason}")
+    seconds = time.monotonic() - started_seconds
+    logger.info("loaded %s (%s, %s) in %.1f s", name, dtype, device, seconds)
+    return loaded
+
+
+def make_engine(loaded: Any) -> Engine:
+    """The engine that serves a pipeline's model; its weights are the engine's from here on."""
+    return Engine(
+        loaded.model,
+        loaded.tokenizer,
+        max_num_seqs=settings.max_num_seqs,
+        max_queue_size=settings.max_queue_size,
+        max_model_len=settings.max_model_len,
+        quantization=settings.quantization,
+        num_threads=settings.torch_num_threads,
+        text_filter=content_filter if settings.filter_output else None,
+    )
+
+
+generators = {
+    n: load_generator(n, source) for n, source in find_models(settings.model_name).items()
+}
+if not generators:
+    sys.exit("Invalid settings. MODEL_NAME: names no model")
+engines = {name: make_engine(loaded) for name, loaded in generators.items()}
+default_model_name = next(iter(generators))
+generator, engine = generators[default_model_name], engines[default_model_name]
+
+# --- The app ------------------------------------------------------------------------------------
+
+
+def error_response(status: int, detail: Any, headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"detail": detail}, status, headers)
+
+
+# Stands for an encoded slash while routing: `GET /{prompt}` takes one segment, which may hold one.
+ENCODED_SLASH = "\ue000"
+
+
+class RequestContext:
+    """Pure ASGI middleware: the request's id, its access-log line, and the shape of a 413.
+
+    Not BaseHTTPMiddleware, under which a route never hears that its client has gone.
+    """
+
+    VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        id_ = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        id_ = scope["request_id"] = id_ if self.VALID_ID.fullmatch(id_) else uuid.uuid4().hex
+        token = request_id.set(id_)
+        raw_path = scope.get("raw_path", b"").decode("latin-1")
+        if "%2f" in raw_path.lower():
+            scope["path"] = unquote(re.sub("%2[fF]", quote(ENCODED_SLASH), raw_path))
+        started_seconds = time.monotonic()
+        status, too_large = 0, JSONResponse(None)
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status, too_large
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                if status == 413:  # the body limit answers in plain text
+                    detail = f"Request body is larger than {settings.max_body_bytes} bytes"
+                    too_large = error_response(413, detail)
+                    message["headers"] = too_large.raw_headers
+                message["headers"] = [*message["headers"], (b"x-request-id", id_.encode())]
+            elif status == 413:
+                message["body"] = too_large.body
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        finally:
+            route = getattr(scope.get("route"), "path", "-")
+            seconds = time.monotonic() - started_seconds
+            logger.info("%s %s %d %.3f s", scope["method"], route, status, seconds)
+            request_id.reset(token)
+
+
+@asynccontextmanager
+async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+    for each in engines.values():
+        each.start()
+    yield
+    for each in engines.values():
+        await asyncio.to_thread(each.stop)
+
+
+app = FastAPIOffline(
+    title="GPT-2 text generation",
+    version="0.1.0",
+    description="Text generation with GPT-2-class language models. "
+    "Generated text can be wrong or offensive; check it before you use it.",
+    lifespan=lifespan,
+    # A redirect would repeat the path, which may be a prompt.
+    redirect_slashes=False,
+)
+app.add_middleware(RequestBodyLimitMiddleware, max_body_size=settings.max_body_bytes)
+app.add_middleware(RequestContext)
+
+# --- Errors -------------------------------------------------------------------------------------
+
+OVERLOADED = "Too many requests are waiting; try again shortly"
+STOPPING = "The service is stopping"
+
+
+class ClientGoneError(Exception):
+    """The client went away before its answer was ready; nobody reads what is sent now."""
+
+
+@app.exception_handler(RequestValidationError)
+async def refuse_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    """422 without the input, which may be long, secret, or no valid JSON."""
+
+    def name(part: str | int) -> str | int:
+        return part if isinstance(part, int) else part[:100].encode(errors="replace").decode()
+
+    problems = [
+        {"loc": [name(part) for part in e["loc"]], "msg": e["msg"], "type": e["type"]}
+        for e in error.errors()[:20]
+    ]
+    return error_response(422, problems)
+
+
+@app.exception_handler(HTTPException)
+async def refuse(_: Request, error: HTTPException) -> JSONResponse:
+    return error_response(error.status_code, error.detail, dict(error.headers or {}))
+
+
+@app.exception_handler(QueueFullError)
+async def refuse_overload(_: Request, error: QueueFullError) -> JSONResponse:
+    return error_response(503, OVERLOADED, {"Retry-After": str(RETRY_AFTER_SECONDS)})
+
+
+@app.exception_handler(EngineStoppedError)
+async def refuse_stopped(_: Request, error: EngineStoppedError) -> JSONResponse:
+    return error_response(503, STOPPING, {"Retry-After": str(RETRY_AFTER_SECONDS)})
+
+
+@app.exception_handler(InferenceError)
+async def report_failed_inference(_: Request, error: InferenceError) -> JSONResponse:
+    return error_response(500, describe(error))
+
+
+@app.exception_handler(TimeoutError)
+async def report_timeout(_: Request, error: TimeoutError) -> JSONResponse:
+    return error_response(504, describe(error))
+
+
+@app.exception_handler(ClientGoneError)
+async def close_for_nobody(_: Request, error: ClientGoneError) -> Response:
+    return Response(status_code=499)
+
+
+@app.exception_handler(Exception)
+async def report_unexpected(http: Request, error: Exception) -> JSONResponse:
+    """500 from outside RequestContext, so it brings the id itself."""
+    return error_response(500, "Internal server error", {"X-Request-ID": http.scope["request_id"]})
+
+
+def describe(error: Exception) -> str:
+    """What a client is told of an error that ended its request; the cause is in the log."""
+    if isinstance(error, TimeoutError):
+        return f"The request took longer than {settings.request_timeout_seconds:g} seconds"
+    if isinstance(error, EngineStoppedError):
+        return STOPPING
+    return "Model inference failed"
+
+
+# --- Generation ---------------------------------------------------------------------------------
+
+Length = models.LengthParams
+Sampling = models.SamplingParams
+
+
+def invalid(*loc: str, msg: str) -> RequestValidationError:
+    return RequestValidationError([{"type": "value_error", "loc": loc, "msg": msg}])
+
+
+def served_name(model: str | None) -> str:
+    """The name of the model that answers. Raises HTTPException 404 for one not served."""
+    if model is None:
+        return default_model_name
+    if model not in engines:
+        raise HTTPException(404, f"No such model; served: {', '.join(engines)}")
+    return model
+
+
+def new_token_budget(body: Length, num_prompt_tokens: int, context_tokens: int, source: str) -> int:
+    """How many tokens to generate. Raises RequestValidationError when there is no room."""
+    sent = body.model_fields_set
+    if num_prompt_tokens >= context_tokens:
+        raise invalid(
+            source,
+            "prompt",
+            msg=f"The prompt has {num_prompt_tokens} tokens; the model takes {context_tokens - 1}",
+        )
+    if body.max_new_tokens is not None:
+        budget = body.max_new_tokens
+    elif "max_length" in sent:
+        budget = body.max_length - num_prompt_tokens
+        if budget < 1:
+            raise invalid(
+                source,
+                "max_length",
+                msg=f"max_length is {body.max_length} tokens, which the prompt's "
+                f"{num_prompt_tokens} tokens already fill",
+            )
+    else:
+        budget = body.max_length  # the default, here counted after the prompt
+    return min(budget, context_tokens - num_prompt_tokens)
+
+
+def submit(
+    model_name: str,
+    prompt: str,
+    body: Any,
+    *,
+    source: str = "body",
+    num_sequences: int = 1,
+    streams: bool = False,
+    is_chat: bool = False,
+) -> EngineRequest:
+    """The request, queued. body: a schema with Sampling and Length.
+
+    Raises HTTPException 400 for a forbidden prompt, RequestValidationError for one that
+    does not fit, QueueFullError.
+    """
+    if content_filter.find(prompt):
+        raise HTTPException(400, "Prompt contains inappropriate content")
+    tokenizer, chosen = generators[model_name].tokenizer, engines[model_name]
+    if is_chat and tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        encoding = tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False)
+    else:
+        encoding = tokenizer.backend_tokenizer.encode(prompt)
+    if body.top_k > tokenizer.vocab_size:
+        raise invalid(
+            source, "top_k", msg=f"Input should be less than or equal to {tokenizer.vocab_size}"
+        )
+    params = SamplingParams(
+        max_new_tokens=new_token_budget(body, len(encoding), chosen.max_model_len, source),
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=body.top_k,
+        seed=body.seed,
+        stop=tuple(body.stop),
+    )
+    return chosen.submit(encoding.ids, params, num_sequences=num_sequences, streams=streams)
+
+
+async def client_gone(receive: Receive) -> None:
+    """Returns once the client has closed the connection; the body has been read before."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def texts(http: Request, requests: dict[str, EngineRequest]) -> dict[str, list[str]]:
+    """For every model, the continuations of its request, in order.
+
+    Whatever happens, nothing is left running. Raises what `Engine.complete` does,
+    TimeoutError, and ClientGoneError.
+    """
+    finished = asyncio.gather(*(engines[name].complete(r) for name, r in requests.items()))
+    gone = asyncio.create_task(client_gone(http.receive))
+    pending: set[asyncio.Future[Any]] = {finished, gone}
+    try:
+        async with asyncio.timeout(settings.request_timeout_seconds):
+            await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        if not finished.done():
+            raise ClientGoneError
+        drawn = finished.result()
+    finally:
+        gone.cancel()
+        finished.cancel()
+        for name, request in requests.items():
+            engines[name].abort(request)
+    return {
+        name: [delta.text for delta in deltas] for name, deltas in zip(requests, drawn, strict=True)
+    }
+
+
+async def deltas_in_time(model_name: str, request: EngineRequest) -> AsyncGenerator[Delta]:
+    """`Engine.stream`. Raises TimeoutError at the request's deadline."""
+    deadline = asyncio.get_running_loop().time() + settings.request_timeout_seconds
+    async with aclosing(engines[model_name].stream(request)) as deltas:
+        while True:
+            async with asyncio.timeout_at(deadline):
+                delta = await anext(deltas, None)
+            if delta is None:
+                return
+            yield delta
+
+
+class GenerationStream(Response):
+    """Sends chunks as they are made, and closes their source as soon as the client goes.
+
+    Starlette's StreamingResponse hears of that only when it next sends, which a request
+    that waits in the queue does not.
+    """
+
+    def __init__(self, chunks: AsyncGenerator[str], abort: Callable[[], None], media_type: str):
+        self.chunks, self.abort = chunks, abort
+        self.status_code, self.background = 200, None
+        self.media_type = media_type
+        self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending = asyncio.create_task(self.send_chunks(send))
+        gone = asyncio.create_task(client_gone(receive))
+        try:
+            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+        finally:
+            gone.cancel()
+            sending.cancel()
+            self.abort()
+
+    async def send_chunks(self, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
+        async with aclosing(self.chunks) as chunks:
+            async for chunk in chunks:
+                body = chunk.encode()
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def event(content: dict[str, Any], name: str | None = None) -> str:
+    """One server-sent event (WHATWG HTML, section 9.2)."""
+    prefix = f"event: {name}\n" if name else ""
+    return f"{prefix}data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+async def generate_events(
+    model_name: str, prompt: str, request: EngineRequest
+) -> AsyncGenerator[str]:
+    """The deltas of the text as events, then the whole response as one."""
+    text = prompt
+    try:
+        async with aclosing(deltas_in_time(model_name, request)) as deltas:
+            async for delta in deltas:
+                text += delta.text
+                if delta.text:
+                    yield event({"text": delta.text})
+        yield event({"generated_text": text, "model_name": model_name})
+    except (TimeoutError, InferenceError, EngineStoppedError) as error:
+        yield event({"detail": describe(error)}, name="error")
+
+
+async def generate_plain(model_name: str, request: EngineRequest) -> AsyncGenerator[str]:
+    """The text as it is made. Plain text has no place for an error, so that one is said in
+    words and then breaks the response off, which every client notices."""
+    try:
+        async with aclosing(deltas_in_time(model_name, request)) as deltas:
+            async for delta in deltas:
+                yield delta.text
+    except (TimeoutError, InferenceError, EngineStoppedError) as error:
+        yield f"\n[{describe(error)}]\n"
+        raise
+
+
+# --- Routes -------------------------------------------------------------------------------------
+
+Responses = dict[int | str, dict[str, Any]]
+INVALID: Responses = {422: {"model": models.ValidationErrors, "description": "Invalid request"}}
+ERRORS: Responses = {
+    400: {"model": models.Error, "description": "Prompt contains inappropriate content"},
+    404: {"model": models.Error, "description": "No such model"},
+    413: {"model": models.Error, "description": "Request body too large"},
+    **INVALID,
+    500: {"model": models.Error, "description": "Model inference failed"},
+    503: {"model": models.Error, "description": "Overloaded or stopping; see Retry-After"},
+    504: {"model": models.Error, "description": "The request took too long"},
+}
+EVENTS = {
+    "schema": {"type": "string"},
+    "example": 'data: {"text": " there was a king"}\n\n'
+    'data: {"generated_text": "Once upon a time there was a king", "model_name": "gpt2"}\n\n',
+}
+PLAIN_TEXT: Responses = {
+    200: {
+        "description": "The generated text, sent as it is made",
+        "content": {"text/plain": {"schema": {"type": "string"}, "example": " there was a king"}},
+    }
+}
+GREETING = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>GPT-2 text generation</title>
+<h1>GPT-2 text generation</h1>
+<p>This service continues text. Try it on <a href="docs">the API's page</a>, or from a shell:
+<pre>curl -N 'http://localhost:8000/generate/text?prompt=Once+upon+a+time'</pre>
+<p><a href="docs">Try it</a> &middot; <a href="redoc">Reference</a> &middot;
+<a href="openapi.json">OpenAPI document</a> &middot; <a href="ready">Readiness</a>
+<p>Generated text can be wrong or offensive; check it before you use it.
+</html>
+"""
+
+
+@app.get("/", response_model=models.Health, tags=["service"])
+async def root(http: Request) -> Any:
+    """A page for browsers (`Accept: text/html`), `{"health": "ok"}` for everything else."""
+    if "text/html" in http.headers.get("accept", ""):
+        return HTMLResponse(GREETING)
+    return {"health": "ok"}
+
+
+@app.get("/health", response_model=models.Health, tags=["service"])
+async def health() -> Any:
+    """Liveness: 200 while the process can answer."""
+    return {"health": "ok"}
+
+
+@app.get(
+    "/ready",
+    response_model=models.Readiness,
+    responses={503: {"model": models.Readiness, "description": "A request would be refused"}},
+    tags=["service"],
+)
+async def ready() -> Any:
+    """Readiness: 200 once a request would be accepted, else 503 and why not."""
+    status = "ready"
+    for name, each in engines.items():
+        if not each.is_healthy:
+            status = f"the engine of {name} keeps failing"
+        elif each.is_full:
+            status = f"the queue of {name} is full"
+    content = {"status": status, "model_names": list(engines)}
+    return JSONResponse(content, 200 if status == "ready" else 503)
+
+
+@app.post(
+    "/generate",
+    response_model=models.GenerateResponse,
+    responses=ERRORS | {200: {"content": {"text/event-stream": EVENTS}}},
+    tags=["generation"],
+)
+async def generate(http: Request, body: models.GenerateRequest) -> Any:
+    """Continues a prompt. With `"stream": true` the text comes as server-sent events:
+    `{"text": delta}` as it is made, then one with the whole response."""
+    name = served_name(body.model)
+    request = submit(name, body.prompt, body, streams=body.stream)
+    if body.stream:
+        events = generate_events(name, body.prompt, request)
+        return GenerationStream(events, lambda: engines[name].abort(request), "text/event-stream")
+    drawn = await texts(http, {name: request})
+    return {"generated_text": body.prompt + drawn[name][0], "model_name": name}
+
+
+@app.post("/generate-text", include_in_schema=False)
+@app.post(
+    "/generate-text/",
+    response_model=models.GenerateTextResponse,
+    responses=ERRORS,
+    tags=["generation"],
+)
+async def generate_texts(http: Request, body: models.GenerateTextRequest) -> Any:
+    """Every served model continues the same prompt, side by side."""
+    requests: dict[str, EngineRequest] = {}
+    try:
+        for name in engines:
+            requests[name] = submit(
+                name, body.prompt, body, num_sequences=body.num_return_sequences
+            )
+    except Exception:
+        for name, request in requests.items():
+            engines[name].abort(request)
+        raise
+    drawn = await texts(http, requests)
+    return {"generated_texts": {n: [body.prompt + text for text in drawn[n]] for n in drawn}}
+
+
+def stream_plain(body: models.TextRequest | models.TextQuery, source: str) -> Response:
+    name = served_name(body.model)
+    request = submit(name, body.prompt, body, source=source, streams=True, is_chat=True)
+    chunks = generate_plain(name, request)
+    return GenerationStream(chunks, lambda: engines[name].abort(request), "text/plain")
+
+
+@app.get(
+    "/generate/text", responses=ERRORS | PLAIN_TEXT, response_class=Response, tags=["generation"]
+)
+async def generate_text_from_query(query: Annotated[models.TextQuery, Query()]) -> Response:
+    """The continuation as plain text while it is generated, for `curl -N`."""
+    return stream_plain(query, "query")
+
+
+@app.post(
+    "/generate/text", responses=ERRORS | PLAIN_TEXT, response_class=Response, tags=["generation"]
+)
+async def generate_text(body: models.TextRequest) -> Response:
+    """The same with a JSON body."""
+    return stream_plain(body, "body")
+
+
+# What browsers and crawlers ask for by themselves.
+NOT_A_PROMPT = re.compile(
+    r"\..*|static-offline-docs|.*\.(ico|txt|xml|png|svg|jpg|css|js|map|json|webmanifest|php|html?)",
+    re.IGNORECASE,
+)
+
+
+@app.get(
+    "/{prompt}",
+    response_model=models.GeneratedSequences,
+    responses=ERRORS,
+    tags=["generation"],
+)
+async def generate_from_path(
+    http: Request,
+    response: Response,
+    prompt: Annotated[models.Prompt, PathParameter()],
+    query: Annotated[models.PromptQuery, Query()],
+) -> Any:
+    """Continues the URL-encoded path: `/Once%20upon%20a%20time?max_new_tokens=50`."""
+    if NOT_A_PROMPT.fullmatch(prompt):
+        raise HTTPException(404, "Not Found")
+    prompt = prompt.replace(ENCODED_SLASH, "/")
+    name = served_name(query.model)
+    request = submit(name, prompt, query, source="query", num_sequences=query.num_return_sequences)
+    drawn = await texts(http, {name: request})
+    response.headers["Cache-Control"] = "no-store"
+    return {"generated_sequences": [prompt + text for text in drawn[name]]}
