@@ -36,11 +36,14 @@ import math
 import mmap
 import os
 import random
+import sys
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -62,7 +65,7 @@ FinishReason = Literal["stop", "length", "content_filter"]
 
 SHORT_PROMPT_TOKENS = 32  # prompts up to here share a step with the batch; longer ones run alone
 CONTEXT_TOKENS = 32  # of the prompt: what the decoder needs to know before the first token
-KEY_BLOCK_TOKENS = 64  # keys are read in multiples of this
+KEY_BLOCK_TOKENS = 64  # keys are kept for this many tokens, or twice as many, or …
 MAX_ROLLBACKS = 8  # of one sequence, before it ends with `content_filter`
 MAX_FAILED_STEPS = 3  # in a row, before the engine counts as unhealthy
 PROBE_SECONDS = 1.0  # between attempts of an unhealthy engine to run one token
@@ -299,7 +302,6 @@ class Rows:
     positions: list[int] = field(default_factory=list)
     cache_rows: list[int] = field(default_factory=list)
     logit_rows: list[int] = field(default_factory=list)  # rows whose logits are wanted
-    key_length: int = 0  # keys that the decode rows read, padding included
 
     def add_prompt(self, token_ids: SequenceOf[int], cache_row: int) -> None:
         self.prompts.append((len(self.token_ids), len(token_ids)))
@@ -309,10 +311,11 @@ class Rows:
 
 
 class SlotCache:
-    """Keys and values of every running sequence: (rows, kv_heads, max_model_len, head_dim).
+    """Keys and values of every running sequence: (rows, kv_heads, capacity, head_dim) a layer.
 
-    One row more than there can be sequences: the last takes the rows of padding. Memory
-    is reserved, and used only as far as sequences really reach.
+    One row more than there can be sequences: the last takes the rows of padding. The
+    capacity in tokens follows the longest running sequence, so that `attend` reads tensors
+    without holes. The memory for max_model_len is reserved, and used as far as it is needed.
     """
 
     def __init__(self, model: PreTrainedModel, num_rows: int, max_model_len: int):
@@ -320,11 +323,36 @@ class SlotCache:
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        shape = (num_rows + 1, kv_heads, max_model_len, head_dim)
-        layers = range(config.num_hidden_layers)
+        self.shape = (num_rows + 1, kv_heads, head_dim)
         self.padding_row = num_rows
-        self.keys = [_reserved_zeros(shape, model.dtype, model.device) for _ in layers]
-        self.values = [_reserved_zeros(shape, model.dtype, model.device) for _ in layers]
+        self.max_model_len = max_model_len
+        self.capacity = 0
+        size = math.prod(self.shape) * max_model_len
+        layers = range(config.num_hidden_layers)
+        self.keys = [_reserved_zeros(size, model.dtype, model.device) for _ in layers]
+        self.values = [_reserved_zeros(size, model.dtype, model.device) for _ in layers]
+        self.reserved = [*self.keys, *self.values]
+        self.resize(1, 0)
+
+    def resize(self, num_tokens: int, num_rows: int) -> None:
+        """Makes room for sequences of `num_tokens`, keeping the first `num_rows` rows."""
+        capacity = KEY_BLOCK_TOKENS
+        while capacity < num_tokens:
+            capacity *= 2
+        capacity = min(capacity, self.max_model_len)
+        if capacity == self.capacity:
+            return
+        kept_tokens = min(capacity, self.capacity)
+        rows, heads, head_dim = self.shape
+        views = []
+        for reserved, old in zip(self.reserved, [*self.keys, *self.values], strict=True):
+            kept = old[:num_rows, :, :kept_tokens].clone() if num_rows else None
+            new = reserved[: rows * heads * capacity * head_dim].view(rows, heads, -1, head_dim)
+            if kept is not None:
+                new[:num_rows, :, :kept_tokens] = kept
+            views.append(new)
+        self.keys, self.values = views[: len(self.keys)], views[len(self.keys) :]
+        self.capacity = capacity
 
     def begin(self, rows: Rows) -> None:
         """Sets what `attend` does until the next call."""
@@ -333,7 +361,7 @@ class SlotCache:
         self.cache_rows = torch.tensor(rows.cache_rows, device=device)
         self.positions = torch.tensor(rows.positions, device=device)
         decode_positions = self.positions[: rows.decode_end - rows.decode_start]
-        key_positions = torch.arange(rows.key_length, device=device)
+        key_positions = torch.arange(self.capacity, device=device)
         is_hidden = key_positions[None, :] > decode_positions[:, None]
         self.mask = torch.zeros(is_hidden.shape, dtype=self.keys[0].dtype, device=device)
         self.mask.masked_fill_(is_hidden, -math.inf)
@@ -354,9 +382,9 @@ class SlotCache:
             # company, and for one query a row it is no faster.
             batch = slice(rows.decode_start, rows.decode_end)
             grouped = query[:num_decode].reshape(num_decode, keys.shape[1], -1, query.shape[-1])
-            scores = (grouped * scale) @ keys[batch, :, : rows.key_length].transpose(-1, -2)
+            scores = (grouped * scale) @ keys[batch].transpose(-1, -2)
             weights = torch.softmax(scores.add_(self.mask), dim=-1)
-            attended = weights @ values[batch, :, : rows.key_length]
+            attended = weights @ values[batch]
             out[:num_decode] = attended.view(num_decode, *query.shape[1:])
         for first, length in rows.prompts:
             prompt = slice(first, first + length)
@@ -376,14 +404,15 @@ class SlotCache:
             tensor[target, :, :num_tokens] = tensor[source, :, :num_tokens]
 
 
-def _reserved_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that cost no memory before they are written (on a CPU)."""
+def _reserved_zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(size,) zeros that, on a CPU, take no memory before they are written."""
     if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        pages.madvise(mmap.MADV_NOHUGEPAGE)  # else a short sequence takes the room of a long one
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
+        return torch.zeros(size, dtype=dtype, device=device)
+    num_bytes = size * dtype.itemsize
+    if sys.platform == "win32":
+        return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=dtype)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    return torch.frombuffer(mmap.mmap(-1, num_bytes, flags), dtype=dtype)
 
 
 def _slot_attention(
@@ -424,6 +453,23 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *post_op)
 
 
+class OutputLinear(PackedLinear):
+    """The logits of a bfloat16 model in float32: (…, in) bfloat16 to (…, vocab) float32.
+
+    Logits far from zero have few bits left for their differences (GPT-2's lie around -100,
+    where bfloat16 has steps of 0.5). What all tokens have in common is taken out of the
+    weight before it is packed, and added again in float32.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        common = weight.float().mean(dim=0)
+        super().__init__((weight.float() - common).to(weight.dtype), bias)
+        self.common = common
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).float() + (x.float() * self.common).sum(dim=-1, keepdim=True)
+
+
 class Int8Linear(nn.Module):
     """The same with int8 weights, one scale a row, and inputs quantised as they come.
 
@@ -434,9 +480,10 @@ class Int8Linear(nn.Module):
         super().__init__()
         weight = weight.float()
         scales = (weight.abs().amax(dim=1) / 127).clamp(min=1e-9)
-        quantized = torch.quantize_per_channel(
-            weight, scales, torch.zeros(len(scales), dtype=torch.int64), 0, torch.qint8
-        )
+        zeros = torch.zeros(len(scales), dtype=torch.int64)
+        with warnings.catch_warnings():  # deprecated, without a successor that packs weights
+            warnings.simplefilter("ignore", UserWarning)
+            quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
         self.packed = torch.ops.quantized.linear_prepack(
             quantized, bias.float() if bias is not None else None
         )
@@ -481,13 +528,18 @@ def prepare_weights(model: PreTrainedModel, quantization: str | None) -> None:
             raise ValueError("QUANTIZATION=int8 needs a CPU that oneDNN supports")
         return
     if quantization:
-        torch.backends.quantized.engine = "onednn"
+        has_amx = torch.cpu._is_amx_tile_supported()
+        torch.backends.quantized.engine = "onednn" if has_amx else "fbgemm"  # as measured
+
+    output = model.get_output_embeddings()
 
     def pack(linear: Any, gelu: bool = False) -> nn.Module:
         weight = linear.weight.detach()
         if isinstance(linear, Conv1D):
             weight = weight.T.contiguous()
         bias = None if linear.bias is None else linear.bias.detach()
+        if linear is output and weight.dtype == torch.bfloat16:
+            return OutputLinear(weight, bias)
         return Int8Linear(weight, bias) if quantization else PackedLinear(weight, bias, gelu)
 
     for module in list(model.modules()):
@@ -651,7 +703,6 @@ class Engine:
         windows = [config.max_position_embeddings, getattr(config, "sliding_window", None)]
         self.max_model_len = min(n for n in (*windows, max_model_len) if n)
         self.num_threads = num_threads or available_cores()
-        torch.set_num_threads(self.num_threads)
         self.model = model.eval()
         self.model.set_attn_implementation("slots")
         self.tokenizer = tokenizer
@@ -660,7 +711,10 @@ class Engine:
         prepare_weights(model, quantization)
         self.scheduler = Scheduler(max_num_seqs, max_queue_size)
         self.cache = SlotCache(model, max_num_seqs, self.max_model_len)
-        self.min_rows, self.max_rows = self._measure_batch_invariance()
+        with ThreadPoolExecutor(1) as own_thread:  # see `_use_cores`
+            self.min_rows, self.max_rows = own_thread.submit(
+                self._measure_batch_invariance
+            ).result()
         self.num_rollbacks = 0
         self.num_failed_steps = 0  # in a row
         self._lock = threading.Condition()
@@ -756,8 +810,9 @@ class Engine:
             self._lock.notify()
 
     def start(self) -> None:
-        """Starts the engine's thread ahead of the first request."""
+        """Starts the engine's thread ahead of the first request, or again after `stop`."""
         with self._lock:
+            self._is_stopping = False
             self._start_thread()
 
     def stop(self) -> None:
@@ -775,12 +830,22 @@ class Engine:
 
     # The engine's side: its own thread alone.
 
-    def _run(self) -> None:
+    def _use_cores(self) -> None:
+        """Gives this thread the cores.
+
+        Every thread that computes in parallel gets workers of its own, and once there are
+        more of them than cores none waits actively any more: a step of one row then takes
+        half as long again. So the thread that loads models computes alone (main.py), and
+        the engine computes in no other thread than its own.
+        """
         torch.set_num_threads(self.num_threads)
+
+    def _run(self) -> None:
+        self._use_cores()
         with torch.inference_mode():
             while not self._is_stopping:
-                self._remove_aborted()
                 try:
+                    self._remove_aborted()
                     if not self.is_healthy:
                         self._probe()
                     elif self.scheduler.is_finished:
@@ -793,7 +858,8 @@ class Engine:
                         self.num_failed_steps = 0
                 except Exception as error:
                     self.num_failed_steps += 1
-                    logger.exception("a step failed; its %d sequences end", self.num_running)
+                    if self.num_failed_steps <= MAX_FAILED_STEPS:
+                        logger.exception("a step failed; its %d sequences end", self.num_running)
                     failure = InferenceError("a step of the model failed")
                     failure.__cause__ = error
                     self._fail(self.scheduler.running, failure)
@@ -844,6 +910,7 @@ class Engine:
         """Logits (num_running, vocab) float32 of the next token of every running sequence."""
         running = self.scheduler.running
         num_decode = len(running) - len(admitted)
+        self.cache.resize(max(seq.num_tokens for seq in running), num_decode)
         passes: list[Rows] = []
         for start in range(0, num_decode, self.max_rows):
             rows = Rows(start, min(start + self.max_rows, num_decode))
@@ -852,35 +919,22 @@ class Engine:
                 rows.positions.append(running[row].num_tokens - 1)
                 rows.cache_rows.append(row)
             rows.logit_rows = list(range(len(rows.token_ids)))
-            length = max(rows.positions) + 1
-            rows.key_length = min(
-                -(-length // KEY_BLOCK_TOKENS) * KEY_BLOCK_TOKENS, self.max_model_len
-            )
             passes.append(rows)
         logits_of = list(range(num_decode))  # for each running row, the row of its logits
-        leader = None
-        for row, seq in enumerate(admitted, start=num_decode):
-            if leader is not None and running[leader].request is seq.request:
-                logits_of.append(logits_of[leader])
-                continue
-            leader = row
-            logits_of.append(max(logits_of, default=-1) + 1)
-            prompt = seq.request.prompt_token_ids
-            is_short = len(prompt) <= min(SHORT_PROMPT_TOKENS, self.max_rows)
-            if not (
-                is_short and passes and len(passes[-1].token_ids) + len(prompt) <= self.max_rows
-            ):
+        copies: list[tuple[int, int, int]] = []
+        for request, seqs in itertools.groupby(admitted, key=lambda seq: seq.request):
+            prompt, row = request.prompt_token_ids, len(logits_of)
+            num_rows = len(passes[-1].token_ids) + len(prompt) if passes else self.max_rows + 1
+            if len(prompt) > SHORT_PROMPT_TOKENS or num_rows > self.max_rows:
                 passes.append(Rows())
             passes[-1].add_prompt(prompt, row)
             passes[-1].logit_rows.append(len(passes[-1].token_ids) - 1)
+            logits_of += [sum(len(rows.logit_rows) for rows in passes) - 1] * len(list(seqs))
+            copies += [(row, other, len(prompt)) for other in range(row + 1, len(logits_of))]
         logits = torch.cat([self._run_model(rows) for rows in passes])
-        leader = None
-        for row, seq in enumerate(admitted, start=num_decode):
-            if leader is not None and running[leader].request is seq.request:
-                self.cache.copy_row(leader, row, len(seq.request.prompt_token_ids))
-            else:
-                leader = row
-        return logits if len(logits) == len(running) else logits[logits_of]
+        for copy in copies:  # the sequences of one request share the prompt of the first
+            self.cache.copy_row(*copy)
+        return logits[logits_of] if copies else logits
 
     def _run_model(self, rows: Rows) -> Tensor:
         """Logits (len(rows.logit_rows), vocab) float32 of one forward pass."""
@@ -904,6 +958,7 @@ class Engine:
         than 32, …), which depends on the processor. Where no range is found, every pass
         has exactly 16 rows: the same shape takes the same kernel.
         """
+        self._use_cores()
         most = self.scheduler.max_num_seqs + SHORT_PROMPT_TOKENS
         self.min_rows = 1
         if self.model.device.type != "cpu":
@@ -913,7 +968,7 @@ class Engine:
 
         def logits(num_rows: int) -> Tensor:
             num_decode = min(num_rows, self.scheduler.max_num_seqs)
-            rows = Rows(0, num_decode, key_length=min(KEY_BLOCK_TOKENS, self.max_model_len))
+            rows = Rows(0, num_decode)
             rows.token_ids = token_ids[:num_decode]
             rows.positions = [0] * num_decode
             rows.cache_rows = list(range(num_decode))
@@ -961,13 +1016,9 @@ class Engine:
     def _append(self, seq: Sequence, token_id: int) -> Delta | None:
         """What the client gains by this token: text that nothing to come can take back."""
         params, request = seq.params, seq.request
-        if seq.decode_stream is None:
-            seq.decode_stream = DecodeStream(
-                ids=request.prompt_token_ids[-CONTEXT_TOKENS:], skip_special_tokens=True
-            )
         seq.output_token_ids.append(token_id)
         old_length = len(seq.text)
-        seq.text += seq.decode_stream.step(self.tokenizer.backend_tokenizer, token_id) or ""
+        seq.text += self._decode(seq, token_id)
         seq.text_ends.append(len(seq.text))
         num_output = len(seq.output_token_ids)
 
@@ -1006,12 +1057,13 @@ class Engine:
             return self._release(seq, num_output, finish_reason)
         if not request.streams:
             return None
-        for stop in params.stop:
-            while safe > 0 and any(
-                seq.text[:settled].endswith(stop[:n])
-                for n in range(settled - safe + 1, min(len(stop), settled) + 1)
-            ):
-                safe -= 1  # a stop string may have begun
+        held = (
+            n
+            for stop in params.stop
+            for n in range(1, min(len(stop), settled) + 1)
+            if seq.text.endswith(stop[:n], 0, settled)  # a stop string may have begun
+        )
+        safe = min(safe, settled - max(held, default=0))
         num_safe = seq.num_released_tokens
         while num_safe < num_output and seq.text_ends[num_safe] <= safe:
             num_safe += 1
@@ -1023,13 +1075,11 @@ class Engine:
         """The output tokens up to `num_tokens` that the client has not got yet."""
         released = seq.num_released_tokens
         start = seq.text_ends[released - 1] if released else 0
-        end = (
-            len(seq.text) if finish_reason else (seq.text_ends[num_tokens - 1] if num_tokens else 0)
-        )
+        if finish_reason:
+            end = len(seq.text)
+        elif num_tokens == 0 or (end := seq.text_ends[num_tokens - 1]) == start:
+            return None  # tokens without text go out with the next text
         seq.num_released_tokens = num_tokens
-        if finish_reason is None and end <= start:
-            seq.num_released_tokens = released  # tokens without text go out with the next text
-            return None
         return Delta(
             index=seq.index,
             text=seq.text[start:end],
@@ -1050,12 +1100,17 @@ class Engine:
         seq.text = seq.text[: seq.text_ends[-1] if kept else 0]
         if seq.num_rollbacks > MAX_ROLLBACKS:
             return self._release(seq, kept, "content_filter")
-        seq.decode_stream = DecodeStream(
-            ids=seq.request.prompt_token_ids[-CONTEXT_TOKENS:], skip_special_tokens=True
-        )
+        seq.decode_stream = None
         for token_id in seq.output_token_ids:
-            seq.decode_stream.step(self.tokenizer.backend_tokenizer, token_id)
+            self._decode(seq, token_id)
         return None
+
+    def _decode(self, seq: Sequence, token_id: int) -> str:
+        """The text that the next token completes: whole characters, so often none."""
+        if seq.decode_stream is None:
+            ids = seq.request.prompt_token_ids[-CONTEXT_TOKENS:]
+            seq.decode_stream = DecodeStream(ids=ids, skip_special_tokens=True)
+        return seq.decode_stream.step(self.tokenizer.backend_tokenizer, token_id) or ""
 
 
 def _call_soon(

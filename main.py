@@ -424,6 +424,7 @@ def make_engine(loaded: Any) -> Engine:
     )
 
 
+torch.set_num_threads(1)  # of this thread; `Engine` tells why
 generators = {
     n: load_generator(n, source) for n, source in find_models(settings.model_name).items()
 }
