@@ -151,9 +151,7 @@ class Delta:
 class TextFilter(Protocol):
     """What the engine asks of a content filter (see `main.ContentFilter`)."""
 
-    def scan(
-        self, text: str, start: int = 0, final: bool = True
-    ) -> tuple[tuple[int, int] | None, int]:
+    def scan(self, text: str, start: int, final: bool) -> tuple[tuple[int, int] | None, int]:
         """(span of the first forbidden word that begins at or after `start`, else None; the
         length of the longest prefix in which none can begin, whatever text follows)."""
 

@@ -372,19 +372,8 @@ def hub_has(name: str) -> bool:
         return False
 
 
-def find_models(model_name: str | None) -> dict[str, str]:
+def find_models(model_name: str) -> dict[str, str]:
     """For each model to serve, by the name it is served under, the folder or id to load."""
-    if model_name is None:
-        if folder := cached_folder("gpt2"):
-            return {"gpt2": folder}
-        if hub_has("gpt2"):
-            return {"gpt2": "gpt2"}
-        logger.warning(
-            "gpt2 is neither in the local cache nor to be had from the hub: serving the small "
-            "bundled model %s; set MODEL_NAME to choose another",
-            BUNDLED_MODEL.name,
-        )
-        return {BUNDLED_MODEL.name: str(BUNDLED_MODEL)}
     sources = {}
     for entry in filter(None, (part.strip() for part in model_name.split(","))):
         if Path(entry).is_dir():
@@ -394,25 +383,14 @@ def find_models(model_name: str | None) -> dict[str, str]:
     return sources
 
 
-def load_generator(name: str, source: str) -> Any:
-    """A text-generation pipeline. Ends the process with one line when it cannot be loaded."""
+def load_generator(name: str, source: str) -> tuple[Any, Engine]:
+    """A text-generation pipeline, and the engine to which its model belongs from here on."""
     started_seconds = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtypes = {"auto": native_dtype(device), "float32": torch.float32, "bfloat16": torch.bfloat16}
     dtype = torch.float32 if settings.quantization else dtypes[settings.dtype]
-    try:
-        loaded = pipeline("text-generation", model=source, dtype=dtype, device=device)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        sys.exit(f"MODEL_NAME: cannot load {name!r}: {reason}")
-    seconds = time.monotonic() - started_seconds
-    logger.info("loaded %s (%s, %s) in %.1f s", name, dtype, device, seconds)
-    return loaded
-
-
-def make_engine(loaded: Any) -> Engine:
-    """The engine that serves a pipeline's model; its weights are the engine's from here on."""
-    return Engine(
+    loaded = pipeline("text-generation", model=source, dtype=dtype, device=device)
+    served = Engine(
         loaded.model,
         loaded.tokenizer,
         max_num_seqs=settings.max_num_seqs,
@@ -422,17 +400,49 @@ def make_engine(loaded: Any) -> Engine:
         num_threads=settings.torch_num_threads,
         text_filter=content_filter if settings.filter_output else None,
     )
+    seconds = time.monotonic() - started_seconds
+    logger.info("loaded %s (%s, %s) in %.1f s", name, dtype, device, seconds)
+    return loaded, served
+
+
+def load_all(model_name: str | None) -> dict[str, tuple[Any, Engine]]:
+    """The models to serve by name, the default first.
+
+    A named model that cannot be loaded ends the process with one line. Without a name it is
+    `gpt2` where that can be had within seconds, else the bundled model, with a warning.
+    """
+    if model_name is None:
+        try:
+            if (folder := cached_folder("gpt2")) or hub_has("gpt2"):
+                return {"gpt2": load_generator("gpt2", folder or "gpt2")}
+            reason = "neither in the local cache nor to be had from the hub"
+        except Exception as error:  # whatever is wrong with it, there is another
+            reason = f"not to be loaded ({first_line(error)})"
+        name = BUNDLED_MODEL.name
+        logger.warning("gpt2 is %s: serving %s, the small bundled model", reason, name)
+        return {name: load_generator(name, str(BUNDLED_MODEL))}
+    loaded = {}
+    for name, source in find_models(model_name).items():
+        try:
+            loaded[name] = load_generator(name, source)
+        except Exception as error:  # of many libraries, each with errors of its own
+            logger.debug("cannot load %s", name, exc_info=True)
+            sys.exit(f"MODEL_NAME: cannot load {name!r}: {first_line(error)}")
+    if not loaded:
+        sys.exit("Invalid settings. MODEL_NAME: names no model")
+    return loaded
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 torch.set_num_threads(1)  # of this thread; `Engine` tells why
-generators = {
-    n: load_generator(n, source) for n, source in find_models(settings.model_name).items()
-}
-if not generators:
-    sys.exit("Invalid settings. MODEL_NAME: names no model")
-engines = {name: make_engine(loaded) for name, loaded in generators.items()}
-default_model_name = next(iter(generators))
-generator, engine = generators[default_model_name], engines[default_model_name]
+served_models = load_all(settings.model_name)
+generators = {name: loaded for name, (loaded, _) in served_models.items()}
+engines = {name: served for name, (_, served) in served_models.items()}
+default_model_name = next(iter(engines))
+generator, engine = served_models[default_model_name]
 
 # --- The app ------------------------------------------------------------------------------------
 
@@ -535,11 +545,6 @@ async def refuse_invalid(_: Request, error: RequestValidationError) -> JSONRespo
     return error_response(422, problems)
 
 
-@app.exception_handler(HTTPException)
-async def refuse(_: Request, error: HTTPException) -> JSONResponse:
-    return error_response(error.status_code, error.detail, dict(error.headers or {}))
-
-
 @app.exception_handler(QueueFullError)
 async def refuse_overload(_: Request, error: QueueFullError) -> JSONResponse:
     return error_response(503, OVERLOADED, {"Retry-After": str(RETRY_AFTER_SECONDS)})
@@ -582,9 +587,6 @@ def describe(error: Exception) -> str:
 
 # --- Generation ---------------------------------------------------------------------------------
 
-Length = models.LengthParams
-Sampling = models.SamplingParams
-
 
 def invalid(*loc: str, msg: str) -> RequestValidationError:
     return RequestValidationError([{"type": "value_error", "loc": loc, "msg": msg}])
@@ -599,7 +601,9 @@ def served_name(model: str | None) -> str:
     return model
 
 
-def new_token_budget(body: Length, num_prompt_tokens: int, context_tokens: int, source: str) -> int:
+def new_token_budget(
+    body: models.LengthParams, num_prompt_tokens: int, context_tokens: int, source: str
+) -> int:
     """How many tokens to generate. Raises RequestValidationError when there is no room."""
     sent = body.model_fields_set
     if num_prompt_tokens >= context_tokens:
@@ -634,7 +638,7 @@ def submit(
     streams: bool = False,
     is_chat: bool = False,
 ) -> EngineRequest:
-    """The request, queued. body: a schema with Sampling and Length.
+    """The request, queued. body: has the fields of models.SamplingParams and LengthParams.
 
     Raises HTTPException 400 for a forbidden prompt, RequestValidationError for one that
     does not fit, QueueFullError.

@@ -83,7 +83,7 @@ def test_settings_empty_variable_counts_as_unset(tmp_path: Path) -> None:
     started = start(**environment, HF_HUB_OFFLINE="1")
     assert started.returncode == 0, started.stderr
     assert json.loads(started.stdout)["max_num_seqs"] == 64
-    assert "serving the small bundled model gpt2-tales" in started.stderr
+    assert "serving gpt2-tales, the small bundled model" in started.stderr
 
 
 def test_settings_are_all_in_the_readme() -> None:
@@ -103,13 +103,30 @@ def test_settings_are_all_in_the_example() -> None:
 def test_models_unset_takes_gpt2_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(main, "cached_folder", lambda name: None)
     monkeypatch.setattr(main, "hub_has", lambda name: True)
-    assert main.find_models(None) == {"gpt2": "gpt2"}
+    monkeypatch.setattr(main, "load_generator", lambda *source: source)
+    assert main.load_all(None) == {"gpt2": ("gpt2", "gpt2")}
 
 
 def test_models_unset_prefers_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(main, "cached_folder", lambda name: f"/cache/{name}")
     monkeypatch.setattr(main, "hub_has", lambda name: pytest.fail("asked the hub"))
-    assert main.find_models(None) == {"gpt2": "/cache/gpt2"}
+    monkeypatch.setattr(main, "load_generator", lambda *source: source)
+    assert main.load_all(None) == {"gpt2": ("gpt2", "/cache/gpt2")}
+
+
+def test_models_unset_falls_back_when_gpt2_does_not_load(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def load(name: str, source: str) -> str:
+        if name == "gpt2":
+            raise OSError("connection reset\nin the middle of a file")
+        return source
+
+    monkeypatch.setattr(main, "cached_folder", lambda name: None)
+    monkeypatch.setattr(main, "hub_has", lambda name: True)
+    monkeypatch.setattr(main, "load_generator", load)
+    assert main.load_all(None) == {NAME: str(ROOT / NAME)}
+    assert "not to be loaded (connection reset)" in caplog.text
 
 
 def test_models_cached_folder_needs_config_weights_and_tokenizer(
