@@ -66,7 +66,7 @@ FinishReason = Literal["stop", "length", "content_filter"]
 SHORT_PROMPT_TOKENS = 32  # prompts up to here share a step with the batch; longer ones run alone
 CONTEXT_TOKENS = 32  # of the prompt: what the decoder needs to know before the first token
 KEY_BLOCK_TOKENS = 64  # keys are kept for this many tokens, or twice as many, or …
-MAX_ROLLBACKS = 8  # of one sequence, before it ends with `content_filter`
+MAX_ROLLBACKS = 8  # of a sequence, and one more for each token that it has
 MAX_FAILED_STEPS = 3  # in a row, before the engine counts as unhealthy
 PROBE_SECONDS = 1.0  # between attempts of an unhealthy engine to run one token
 
@@ -1003,13 +1003,15 @@ class Engine:
     def _postprocess(self, token_ids: list[int]) -> None:
         """Adds each running sequence's token; hands out deltas, frees what has finished."""
         deltas: dict[asyncio.AbstractEventLoop, list[tuple[Request, Delta]]] = {}
-        for seq, token_id in zip(list(self.scheduler.running), token_ids, strict=True):
-            if delta := self._append(seq, token_id):
-                deltas.setdefault(seq.request.loop, []).append((seq.request, delta))
-                if delta.finish_reason:
-                    self._free(seq)
-        for loop, outputs in deltas.items():
-            _call_soon(loop, _deliver, outputs)
+        try:
+            for seq, token_id in zip(list(self.scheduler.running), token_ids, strict=True):
+                if delta := self._append(seq, token_id):
+                    deltas.setdefault(seq.request.loop, []).append((seq.request, delta))
+                    if delta.finish_reason:
+                        self._free(seq)
+        finally:  # an error at one sequence takes nothing from those before it
+            for loop, outputs in deltas.items():
+                _call_soon(loop, _deliver, outputs)
 
     def _append(self, seq: Sequence, token_id: int) -> Delta | None:
         """What the client gains by this token: text that nothing to come can take back."""
@@ -1025,29 +1027,29 @@ class Engine:
             finish_reason = "stop"
         elif num_output >= params.max_new_tokens or seq.num_tokens >= self.max_model_len:
             finish_reason = "length"
-        if params.stop and num_output > params.min_tokens:
-            longest = max(map(len, params.stop))
-            found = [
-                at
-                for stop in params.stop
-                if (at := seq.text.find(stop, max(0, old_length - longest + 1))) >= 0
-            ]
-            if found:
+        if num_output > params.min_tokens:
+            begins = (seq.text.find(s, max(0, old_length - len(s) + 1)) for s in params.stop)
+            if found := [at for at in begins if at >= 0]:
                 finish_reason = "stop"
                 seq.text = seq.text[: min(found)]
 
-        # What is released stays: not even a roll-back may reach it, nor what it decided.
-        settled = safe = len(seq.text)
+        # What is released stays: neither a stop string nor a roll-back may reach it, nor what
+        # it depended on. So what may be the beginning of a stop string is looked at later.
+        settled = len(seq.text) if finish_reason else self._before_stop(seq, len(seq.text))
+        safe = settled
         if self.text_filter:
-            prompt, start = request.prompt_text, seq.num_safe_characters
+            prompt = request.prompt_text
+            # Less than was safe may be left: a roll-back takes whole tokens.
+            start = min(seq.num_safe_characters, len(prompt) + settled)
             hit, safe = self.text_filter.scan(
-                prompt + seq.text, start, final=finish_reason is not None
+                prompt + seq.text[:settled], start, final=finish_reason is not None
             )
             if hit:
                 return self._roll_back(seq, hit[0] - len(prompt))
-            if safe < len(prompt) + len(seq.text):
+            if safe < len(prompt) + settled:
                 # A forbidden word may have begun; then its first token will be drawn anew.
-                settled = seq.token_start(safe - len(prompt))
+                settled = self._before_stop(seq, seq.token_start(safe - len(prompt)))
+                start = min(start, len(prompt) + settled)
                 _, safe = self.text_filter.scan(prompt + seq.text[:settled], start, final=False)
             seq.num_safe_characters = safe
             safe -= len(prompt)
@@ -1055,17 +1057,21 @@ class Engine:
             return self._release(seq, num_output, finish_reason)
         if not request.streams:
             return None
-        held = (
-            n
-            for stop in params.stop
-            for n in range(1, min(len(stop), settled) + 1)
-            if seq.text.endswith(stop[:n], 0, settled)  # a stop string may have begun
-        )
-        safe = min(safe, settled - max(held, default=0))
+        safe = min(safe, settled)
         num_safe = seq.num_released_tokens
         while num_safe < num_output and seq.text_ends[num_safe] <= safe:
             num_safe += 1
         return self._release(seq, num_safe, None)
+
+    def _before_stop(self, seq: Sequence, end: int) -> int:
+        """Where in text[:end] a stop string may have begun at its end; else `end`."""
+        begun = (
+            n
+            for stop in seq.params.stop
+            for n in range(1, min(len(stop) - 1, end) + 1)
+            if seq.text.endswith(stop[:n], 0, end)
+        )
+        return end - max(begun, default=0)
 
     def _release(
         self, seq: Sequence, num_tokens: int, finish_reason: FinishReason | None
@@ -1088,7 +1094,7 @@ class Engine:
 
     def _roll_back(self, seq: Sequence, hit_start: int) -> Delta | None:
         """Takes the tokens from `hit_start` of the text on back, and bans the first of them
-        there; ends the sequence when that has happened MAX_ROLLBACKS times."""
+        there; after too many of these the sequence ends with `content_filter`."""
         kept = bisect.bisect_right(seq.text_ends, hit_start)
         seq.banned = {at: ids for at, ids in seq.banned.items() if at <= kept}
         seq.banned.setdefault(kept, []).append(seq.output_token_ids[kept])
@@ -1096,7 +1102,7 @@ class Engine:
         self.num_rollbacks += 1
         del seq.output_token_ids[kept:], seq.text_ends[kept:], seq.logprobs[kept:]
         seq.text = seq.text[: seq.text_ends[-1] if kept else 0]
-        if seq.num_rollbacks > MAX_ROLLBACKS:
+        if seq.num_rollbacks > MAX_ROLLBACKS + kept:
             return self._release(seq, kept, "content_filter")
         seq.decode_stream = None
         for token_id in seq.output_token_ids:
