@@ -101,7 +101,7 @@ class EngineStoppedError(EngineError):
 class SamplingParams:
     """How one request is sampled. Validated by the caller; the engine trusts the ranges."""
 
-    max_new_tokens: int = 50  # >= 1; cut to what fits in the model's context
+    max_new_tokens: int = 50  # >= 0; cut to what fits in the model's context
     temperature: float = 1.0  # >= 0; 0 = greedy
     top_k: int = 0  # >= 0; 0 keeps every token
     top_p: float = 1.0  # (0, 1]; 1 keeps every token
@@ -114,6 +114,7 @@ class SamplingParams:
     ignore_eos: bool = False  # end-of-text is a token like any other
     stop: tuple[str, ...] = ()  # ends before the first of these; the text leaves it out
     num_logprobs: int | None = None  # None: none; else of the token and so many likeliest ones
+    num_prompt_logprobs: int | None = None  # the same for the prompt's tokens
     seed: int | None = None  # 0 … 2^63-1; None draws one
 
     @property
@@ -141,7 +142,7 @@ class TokenLogprobs:
 class Delta:
     """What one sequence of a request has gained: whole tokens, valid UTF-8, filtered."""
 
-    index: int  # of the sequence in its request
+    index: int  # of the sequence in its request, or among those submitted together
     text: str
     token_ids: list[int]
     logprobs: list[TokenLogprobs]
@@ -175,6 +176,10 @@ class Request:
         num_safe_characters: int,
         streams: bool,
         loop: asyncio.AbstractEventLoop,
+        *,
+        num_sequences: int = 1,
+        first_index: int = 0,
+        deltas: asyncio.Queue[Delta | EngineError] | None = None,
     ):
         self.id = next(self._ids)
         self.prompt_token_ids = prompt_token_ids
@@ -183,9 +188,12 @@ class Request:
         self.num_safe_characters = num_safe_characters  # of it: in these it cannot
         self.streams = streams  # else the only delta of a sequence is its last
         self.is_aborted = False
-        self.num_unfinished = 0
+        # Of each prompt token but the first; set ahead of the first delta, if asked for.
+        self.prompt_logprobs: list[TokenLogprobs] | None = None
         self.loop = loop
-        self.deltas: asyncio.Queue[list[Delta] | EngineError] = asyncio.Queue()
+        self.num_sequences = num_sequences
+        self.first_index = first_index  # of its sequences among those submitted together
+        self.deltas = asyncio.Queue() if deltas is None else deltas
 
 
 class Sequence:
@@ -245,8 +253,9 @@ class Scheduler:
         return len({seq.request.id for seq in self.waiting})
 
     def add(self, seqs: SequenceOf[Sequence]) -> None:
-        """Queues the sequences of one request. Raises QueueFullError, then queues none."""
-        if self.num_waiting_requests >= self.max_queue_size:
+        """Queues the sequences of one or more requests. Raises QueueFullError, then queues none."""
+        num_requests = len({seq.request.id for seq in seqs})
+        if self.num_waiting_requests + num_requests > self.max_queue_size:
             raise QueueFullError(f"{self.max_queue_size} requests are waiting already")
         self.waiting.extend(seqs)
 
@@ -658,14 +667,13 @@ def collect_logprobs(
     logits: Tensor, token_ids: SequenceOf[int], num_top: int
 ) -> list[TokenLogprobs]:
     """Of token_ids[i] and the `num_top` likeliest tokens, at each row of logits (B, vocab)."""
-    logprobs = torch.log_softmax(logits.float(), dim=-1)
-    top_values, top_ids = logprobs.topk(num_top, dim=-1)
-    return [
-        TokenLogprobs(token_id, row[token_id].item(), list(zip(ids, values, strict=True)))
-        for row, token_id, ids, values in zip(
-            logprobs, token_ids, top_ids.tolist(), top_values.tolist(), strict=True
-        )
-    ]
+    collected = []
+    for row, token_id in zip(logits, token_ids, strict=True):  # one at a time: B may be large
+        logprobs = torch.log_softmax(row.float(), dim=-1)
+        values, ids = logprobs.topk(num_top)
+        top = list(zip(ids.tolist(), values.tolist(), strict=True))
+        collected.append(TokenLogprobs(token_id, logprobs[token_id].item(), top))
+    return collected
 
 
 # --- The engine ---------------------------------------------------------------------------------
@@ -700,6 +708,7 @@ class Engine:
         config = model.config.get_text_config()
         windows = [config.max_position_embeddings, getattr(config, "sliding_window", None)]
         self.max_model_len = min(n for n in (*windows, max_model_len) if n)
+        self.vocab_size: int = config.vocab_size
         self.num_threads = num_threads or available_cores()
         self.model = model.eval()
         self.model.set_attn_implementation("slots")
@@ -721,9 +730,8 @@ class Engine:
 
     def _eos_token_ids(self) -> set[int]:
         configured = self.model.generation_config.eos_token_id
-        if configured is None:
-            return set()
-        return set(configured) if isinstance(configured, list) else {configured}
+        ids = configured if isinstance(configured, list) else [configured]
+        return {id_ for id_ in (*ids, self.tokenizer.eos_token_id) if id_ is not None}
 
     # The clients' side: any thread, any event loop.
 
@@ -759,52 +767,84 @@ class Engine:
         Raises QueueFullError at once when the queue is full, EngineStoppedError after
         `stop`, and ValueError when the prompt leaves no room for a token.
         """
-        if not 0 < len(prompt_token_ids) < self.max_model_len:
-            raise ValueError(f"a prompt has 1 to {self.max_model_len - 1} tokens")
-        text, num_safe = "", 0
-        if self.text_filter:
-            text = self.tokenizer.decode(prompt_token_ids, skip_special_tokens=True)
-            num_safe = self.text_filter.scan(text, 0, final=False)[1]
+        (request,) = self.submit_all(
+            [prompt_token_ids], params, num_sequences=num_sequences, streams=streams
+        )
+        return request
+
+    def submit_all(
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        *,
+        num_sequences: int = 1,
+        streams: bool = False,
+    ) -> list[Request]:
+        """A request for each prompt, all queued or none, to be given to one `stream`.
+
+        The sequences of prompt i have the indexes i * num_sequences and following. Each
+        prompt is sampled as if it had been submitted alone. Raises as `submit` does.
+        """
         loop = asyncio.get_running_loop()
-        request = Request(prompt_token_ids, params, text, num_safe, streams, loop)
-        seed = random.getrandbits(63) if params.seed is None else params.seed
-        seqs = [Sequence(request, index, seed) for index in range(num_sequences)]
-        request.num_unfinished = num_sequences
+        deltas: asyncio.Queue[Delta | EngineError] = asyncio.Queue()
+        requests, seqs = [], []
+        most = self.max_model_len - (params.max_new_tokens > 0)
+        for i, prompt_token_ids in enumerate(prompts):
+            if not 0 < len(prompt_token_ids) <= most:
+                raise ValueError(f"a prompt has 1 to {most} tokens")
+            text, num_safe = "", 0
+            if self.text_filter:
+                text = self.tokenizer.decode(prompt_token_ids, skip_special_tokens=True)
+                num_safe = self.text_filter.scan(text, 0, final=False)[1]
+            request = Request(
+                prompt_token_ids,
+                params,
+                text,
+                num_safe,
+                streams,
+                loop,
+                num_sequences=num_sequences,
+                first_index=i * num_sequences,
+                deltas=deltas,
+            )
+            requests.append(request)
+            seed = random.getrandbits(63) if params.seed is None else params.seed
+            seqs += [Sequence(request, index, seed) for index in range(num_sequences)]
         with self._lock:
             if self._is_stopping:
                 raise EngineStoppedError("the engine was stopped")
             self.scheduler.add(seqs)
             self._start_thread()
             self._lock.notify()
-        return request
+        return requests
 
-    async def stream(self, request: Request) -> AsyncGenerator[Delta]:
-        """The deltas of all sequences of a request, in the order they were made.
+    async def stream(self, *requests: Request) -> AsyncGenerator[Delta]:
+        """The deltas of all sequences of requests submitted together, as they are made.
 
-        Raises what ended the request: InferenceError or EngineStoppedError. However the
-        loop over it ends, the request is aborted if it is not finished.
+        Raises what ended a request: InferenceError or EngineStoppedError. However the
+        loop over it ends, requests that are not finished are aborted.
         """
         try:
-            unfinished = request.num_unfinished
+            unfinished = sum(request.num_sequences for request in requests)
             while unfinished:
-                deltas = await request.deltas.get()
-                if isinstance(deltas, EngineError):
-                    raise deltas
-                for delta in deltas:
-                    unfinished -= delta.finish_reason is not None
-                    yield delta
+                delta = await requests[0].deltas.get()
+                if isinstance(delta, EngineError):
+                    raise delta
+                unfinished -= delta.finish_reason is not None
+                yield delta
         finally:
-            self.abort(request)
+            self.abort(*requests)
 
-    async def complete(self, request: Request) -> list[Delta]:
-        """Every sequence of a request as one delta, in order. Raises as `stream` does."""
-        last = {delta.index: delta async for delta in self.stream(request)}
+    async def complete(self, *requests: Request) -> list[Delta]:
+        """Every sequence of the requests as one delta, in order. Raises as `stream` does."""
+        last = {delta.index: delta async for delta in self.stream(*requests)}
         return [last[index] for index in sorted(last)]
 
-    def abort(self, request: Request) -> None:
-        """Frees the request's places before the next step; a no-op when it is finished."""
+    def abort(self, *requests: Request) -> None:
+        """Frees the requests' places before the next step; a no-op when they are finished."""
         with self._lock:
-            request.is_aborted = True
+            for request in requests:
+                request.is_aborted = True
             self._lock.notify()
 
     def start(self) -> None:
@@ -920,19 +960,33 @@ class Engine:
             passes.append(rows)
         logits_of = list(range(num_decode))  # for each running row, the row of its logits
         copies: list[tuple[int, int, int]] = []
+        scored: list[tuple[Request, int]] = []  # (request, row of its first token's logits)
         for request, seqs in itertools.groupby(admitted, key=lambda seq: seq.request):
             prompt, row = request.prompt_token_ids, len(logits_of)
             num_rows = len(passes[-1].token_ids) + len(prompt) if passes else self.max_rows + 1
             if len(prompt) > SHORT_PROMPT_TOKENS or num_rows > self.max_rows:
                 passes.append(Rows())
+            num_wanted = 1
+            if request.params.num_prompt_logprobs is not None and request.prompt_logprobs is None:
+                num_wanted = len(prompt)
+                scored.append((request, sum(len(rows.logit_rows) for rows in passes)))
             passes[-1].add_prompt(prompt, row)
-            passes[-1].logit_rows.append(len(passes[-1].token_ids) - 1)
+            end = len(passes[-1].token_ids)
+            passes[-1].logit_rows += range(end - num_wanted, end)
             logits_of += [sum(len(rows.logit_rows) for rows in passes) - 1] * len(list(seqs))
             copies += [(row, other, len(prompt)) for other in range(row + 1, len(logits_of))]
-        logits = torch.cat([self._run_model(rows) for rows in passes])
+        parts = [self._run_model(rows) for rows in passes]
+        logits = torch.cat(parts) if len(parts) > 1 else parts[0]
+        for request, first in scored:
+            prompt = request.prompt_token_ids
+            request.prompt_logprobs = collect_logprobs(
+                logits[first : first + len(prompt) - 1],
+                prompt[1:],
+                request.params.num_prompt_logprobs or 0,
+            )
         for copy in copies:  # the sequences of one request share the prompt of the first
             self.cache.copy_row(*copy)
-        return logits[logits_of] if copies else logits
+        return logits[logits_of] if copies or scored else logits
 
     def _run_model(self, rows: Rows) -> Tensor:
         """Logits (len(rows.logit_rows), vocab) float32 of one forward pass."""
@@ -961,8 +1015,7 @@ class Engine:
         self.min_rows = 1
         if self.model.device.type != "cpu":
             return 1, most
-        vocab = self.model.config.get_text_config().vocab_size
-        token_ids = np.random.default_rng(0).integers(0, vocab, most).tolist()
+        token_ids = np.random.default_rng(0).integers(0, self.vocab_size, most).tolist()
 
         def logits(num_rows: int) -> Tensor:
             num_decode = min(num_rows, self.scheduler.max_num_seqs)
@@ -1016,6 +1069,8 @@ class Engine:
     def _append(self, seq: Sequence, token_id: int) -> Delta | None:
         """What the client gains by this token: text that nothing to come can take back."""
         params, request = seq.params, seq.request
+        if params.max_new_tokens == 0:  # the prompt was all there was to do
+            return self._release(seq, 0, "length")
         seq.output_token_ids.append(token_id)
         old_length = len(seq.text)
         seq.text += self._decode(seq, token_id)
@@ -1085,7 +1140,7 @@ class Engine:
             return None  # tokens without text go out with the next text
         seq.num_released_tokens = num_tokens
         return Delta(
-            index=seq.index,
+            index=seq.request.first_index + seq.index,
             text=seq.text[start:end],
             token_ids=seq.output_token_ids[released:num_tokens],
             logprobs=seq.logprobs[released:num_tokens],
@@ -1126,4 +1181,4 @@ def _call_soon(
 
 def _deliver(outputs: list[tuple[Request, Delta]]) -> None:
     for request, delta in outputs:
-        request.deltas.put_nowait([delta])
+        request.deltas.put_nowait(delta)

@@ -4,7 +4,8 @@
 
 Routes: `POST /generate` (JSON, or server-sent events with `"stream": true`),
 `POST /generate-text/`, `GET|POST /generate/text` (plain text as it is generated),
-`GET /{prompt}`, `GET /health`, `GET /ready`, `GET /docs`.
+`GET /{prompt}`, OpenAI's `POST /v1/completions`, `POST /v1/chat/completions` and
+`GET /v1/models`, `GET /health`, `GET /ready`, `GET /docs`.
 
 The path of a request: RequestContext (request id, access log) -> body limit -> schema in
 models.py -> content filter -> tokens -> `Engine.submit`, which refuses at once when its
@@ -13,21 +14,25 @@ event loop and never computes for long; the engine's thread owns the model (engi
 """
 
 import asyncio
+import codecs
+import hashlib
 import json
 import logging
+import math
 import re
 import sys
 import time
 import unicodedata
 import uuid
 from bisect import bisect_left
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from contextvars import ContextVar
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from statistics import fmean
+from typing import Annotated, Any, Literal, cast
 from urllib.parse import quote, unquote
 
 import httpx
@@ -41,11 +46,14 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi_offline import FastAPIOffline
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from pydantic import Field, ValidationError
+from jinja2 import TemplateError
+from pydantic import BaseModel, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import pipeline
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import logging as transformers_logging
 
 import models
@@ -56,6 +64,7 @@ from engine import (
     InferenceError,
     QueueFullError,
     SamplingParams,
+    TokenLogprobs,
     native_dtype,
 )
 from engine import Request as EngineRequest
@@ -65,6 +74,7 @@ logger = logging.getLogger("service")
 BUNDLED_MODEL = Path(__file__).parent / "gpt2-tales"
 HUB_PROBE_SECONDS = 3.0
 RETRY_AFTER_SECONDS = 1
+PING_SECONDS = 15.0  # between comments in an event stream, which keep idle proxies from closing
 
 # --- Settings -----------------------------------------------------------------------------------
 
@@ -447,7 +457,31 @@ generator, engine = served_models[default_model_name]
 # --- The app ------------------------------------------------------------------------------------
 
 
-def error_response(status: int, detail: Any, headers: dict[str, str] | None = None) -> JSONResponse:
+class OpenAIError(HTTPException):
+    """An error of a `/v1` route, with what OpenAI's clients look at."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+    ):
+        super().__init__(status, message)
+        self.body = openai_error(status, message, param=param, code=code)
+
+
+def openai_error(
+    status: int, message: str, *, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """https://platform.openai.com/docs/guides/error-codes"""
+    kinds = {401: "authentication_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_response(
+    scope: Scope, status: int, detail: Any, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """An error in the words of the route's family."""
+    if scope["path"].startswith("/v1/"):
+        return JSONResponse(openai_error(status, detail), status, headers)
     return JSONResponse({"detail": detail}, status, headers)
 
 
@@ -484,7 +518,7 @@ class RequestContext:
                 status = message["status"]
                 if status == 413:  # the body limit answers in plain text
                     detail = f"Request body is larger than {settings.max_body_bytes} bytes"
-                    too_large = error_response(413, detail)
+                    too_large = error_response(scope, 413, detail)
                     message["headers"] = too_large.raw_headers
                 message["headers"] = [*message["headers"], (b"x-request-id", id_.encode())]
             elif status == 413:
@@ -525,6 +559,7 @@ app.add_middleware(RequestContext)
 
 OVERLOADED = "Too many requests are waiting; try again shortly"
 STOPPING = "The service is stopping"
+FORBIDDEN_PROMPT = "Prompt contains inappropriate content"
 
 
 class ClientGoneError(Exception):
@@ -532,8 +567,8 @@ class ClientGoneError(Exception):
 
 
 @app.exception_handler(RequestValidationError)
-async def refuse_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-    """422 without the input, which may be long, secret, or no valid JSON."""
+async def refuse_invalid(http: Request, error: RequestValidationError) -> JSONResponse:
+    """422, on `/v1` 400, without the input, which may be long, secret, or no valid JSON."""
 
     def name(part: str | int) -> str | int:
         return part if isinstance(part, int) else part[:100].encode(errors="replace").decode()
@@ -542,27 +577,43 @@ async def refuse_invalid(_: Request, error: RequestValidationError) -> JSONRespo
         {"loc": [name(part) for part in e["loc"]], "msg": e["msg"], "type": e["type"]}
         for e in error.errors()[:20]
     ]
-    return error_response(422, problems)
+    if not http.scope["path"].startswith("/v1/"):
+        return error_response(http.scope, 422, problems)
+    first = error.errors()[0]
+    path = [str(part) for part in problems[0]["loc"][1:] if first["type"] != "json_invalid"]
+    param = path[0] if path else first.get("ctx", {}).get("param")
+    reason = first["msg"].removeprefix("Value error, ")
+    message = f"{'.'.join(path) or param or 'body'}: {reason}"
+    return JSONResponse(openai_error(400, message, param=param), 400)
+
+
+@app.exception_handler(StarletteHTTPException)
+async def report_refusal(http: Request, error: StarletteHTTPException) -> JSONResponse:
+    if isinstance(error, OpenAIError):
+        return JSONResponse(error.body, error.status_code, error.headers)
+    return error_response(http.scope, error.status_code, error.detail, error.headers)
 
 
 @app.exception_handler(QueueFullError)
-async def refuse_overload(_: Request, error: QueueFullError) -> JSONResponse:
-    return error_response(503, OVERLOADED, {"Retry-After": str(RETRY_AFTER_SECONDS)})
+async def refuse_overload(http: Request, error: QueueFullError) -> JSONResponse:
+    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
+    return error_response(http.scope, 503, OVERLOADED, headers)
 
 
 @app.exception_handler(EngineStoppedError)
-async def refuse_stopped(_: Request, error: EngineStoppedError) -> JSONResponse:
-    return error_response(503, STOPPING, {"Retry-After": str(RETRY_AFTER_SECONDS)})
+async def refuse_stopped(http: Request, error: EngineStoppedError) -> JSONResponse:
+    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
+    return error_response(http.scope, 503, STOPPING, headers)
 
 
 @app.exception_handler(InferenceError)
-async def report_failed_inference(_: Request, error: InferenceError) -> JSONResponse:
-    return error_response(500, describe(error))
+async def report_failed_inference(http: Request, error: InferenceError) -> JSONResponse:
+    return error_response(http.scope, 500, describe(error))
 
 
 @app.exception_handler(TimeoutError)
-async def report_timeout(_: Request, error: TimeoutError) -> JSONResponse:
-    return error_response(504, describe(error))
+async def report_timeout(http: Request, error: TimeoutError) -> JSONResponse:
+    return error_response(http.scope, 504, describe(error))
 
 
 @app.exception_handler(ClientGoneError)
@@ -573,7 +624,8 @@ async def close_for_nobody(_: Request, error: ClientGoneError) -> Response:
 @app.exception_handler(Exception)
 async def report_unexpected(http: Request, error: Exception) -> JSONResponse:
     """500 from outside RequestContext, so it brings the id itself."""
-    return error_response(500, "Internal server error", {"X-Request-ID": http.scope["request_id"]})
+    headers = {"X-Request-ID": http.scope["request_id"]}
+    return error_response(http.scope, 500, "Internal server error", headers)
 
 
 def describe(error: Exception) -> str:
@@ -644,7 +696,7 @@ def submit(
     does not fit, QueueFullError.
     """
     if content_filter.find(prompt):
-        raise HTTPException(400, "Prompt contains inappropriate content")
+        raise HTTPException(400, FORBIDDEN_PROMPT)
     tokenizer, chosen = generators[model_name].tokenizer, engines[model_name]
     if is_chat and tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
@@ -673,13 +725,16 @@ async def client_gone(receive: Receive) -> None:
         pass
 
 
-async def texts(http: Request, requests: dict[str, EngineRequest]) -> dict[str, list[str]]:
-    """For every model, the continuations of its request, in order.
+async def complete(
+    http: Request, submitted: Iterable[tuple[str, list[EngineRequest]]]
+) -> list[list[Delta]]:
+    """For each model, every sequence of its requests as one delta, in order.
 
     Whatever happens, nothing is left running. Raises what `Engine.complete` does,
     TimeoutError, and ClientGoneError.
     """
-    finished = asyncio.gather(*(engines[name].complete(r) for name, r in requests.items()))
+    submitted = list(submitted)
+    finished = asyncio.gather(*(engines[name].complete(*reqs) for name, reqs in submitted))
     gone = asyncio.create_task(client_gone(http.receive))
     pending: set[asyncio.Future[Any]] = {finished, gone}
     try:
@@ -687,21 +742,18 @@ async def texts(http: Request, requests: dict[str, EngineRequest]) -> dict[str, 
             await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
         if not finished.done():
             raise ClientGoneError
-        drawn = finished.result()
+        return finished.result()
     finally:
         gone.cancel()
         finished.cancel()
-        for name, request in requests.items():
-            engines[name].abort(request)
-    return {
-        name: [delta.text for delta in deltas] for name, deltas in zip(requests, drawn, strict=True)
-    }
+        for name, requests in submitted:
+            engines[name].abort(*requests)
 
 
-async def deltas_in_time(model_name: str, request: EngineRequest) -> AsyncGenerator[Delta]:
-    """`Engine.stream`. Raises TimeoutError at the request's deadline."""
+async def deltas_in_time(model_name: str, *requests: EngineRequest) -> AsyncGenerator[Delta]:
+    """`Engine.stream`. Raises TimeoutError at the deadline."""
     deadline = asyncio.get_running_loop().time() + settings.request_timeout_seconds
-    async with aclosing(engines[model_name].stream(request)) as deltas:
+    async with aclosing(engines[model_name].stream(*requests)) as deltas:
         while True:
             async with asyncio.timeout_at(deadline):
                 delta = await anext(deltas, None)
@@ -714,7 +766,7 @@ class GenerationStream(Response):
     """Sends chunks as they are made, and closes their source as soon as the client goes.
 
     Starlette's StreamingResponse hears of that only when it next sends, which a request
-    that waits in the queue does not.
+    that waits in the queue does not. An event stream is pinged with comments.
     """
 
     def __init__(self, chunks: AsyncGenerator[str], abort: Callable[[], None], media_type: str):
@@ -724,25 +776,33 @@ class GenerationStream(Response):
         self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
         sending = asyncio.create_task(self.send_chunks(send))
         gone = asyncio.create_task(client_gone(receive))
+        pinging = asyncio.create_task(self.send_pings(send))
         try:
             await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
+                pinging.cancel()
                 sending.result()
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             gone.cancel()
+            pinging.cancel()
             sending.cancel()
             self.abort()
 
+    async def send_pings(self, send: Send) -> None:
+        while self.media_type == "text/event-stream":
+            await asyncio.sleep(PING_SECONDS)
+            await send({"type": "http.response.body", "body": b": ping\n\n", "more_body": True})
+
     async def send_chunks(self, send: Send) -> None:
-        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        await send(start)
         async with aclosing(self.chunks) as chunks:
             async for chunk in chunks:
                 body = chunk.encode()
                 await send({"type": "http.response.body", "body": body, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def event(content: dict[str, Any], name: str | None = None) -> str:
@@ -784,7 +844,7 @@ async def generate_plain(model_name: str, request: EngineRequest) -> AsyncGenera
 Responses = dict[int | str, dict[str, Any]]
 INVALID: Responses = {422: {"model": models.ValidationErrors, "description": "Invalid request"}}
 ERRORS: Responses = {
-    400: {"model": models.Error, "description": "Prompt contains inappropriate content"},
+    400: {"model": models.Error, "description": FORBIDDEN_PROMPT},
     404: {"model": models.Error, "description": "No such model"},
     413: {"model": models.Error, "description": "Request body too large"},
     **INVALID,
@@ -864,8 +924,8 @@ async def generate(http: Request, body: models.GenerateRequest) -> Any:
     if body.stream:
         events = generate_events(name, body.prompt, request)
         return GenerationStream(events, lambda: engines[name].abort(request), "text/event-stream")
-    drawn = await texts(http, {name: request})
-    return {"generated_text": body.prompt + drawn[name][0], "model_name": name}
+    ((delta,),) = await complete(http, [(name, [request])])
+    return {"generated_text": body.prompt + delta.text, "model_name": name}
 
 
 @app.post("/generate-text", include_in_schema=False)
@@ -877,18 +937,22 @@ async def generate(http: Request, body: models.GenerateRequest) -> Any:
 )
 async def generate_texts(http: Request, body: models.GenerateTextRequest) -> Any:
     """Every served model continues the same prompt, side by side."""
-    requests: dict[str, EngineRequest] = {}
+    submitted: dict[str, list[EngineRequest]] = {}
     try:
         for name in engines:
-            requests[name] = submit(
-                name, body.prompt, body, num_sequences=body.num_return_sequences
-            )
+            request = submit(name, body.prompt, body, num_sequences=body.num_return_sequences)
+            submitted[name] = [request]
     except Exception:
-        for name, request in requests.items():
-            engines[name].abort(request)
+        for name, requests in submitted.items():
+            engines[name].abort(*requests)
         raise
-    drawn = await texts(http, requests)
-    return {"generated_texts": {n: [body.prompt + text for text in drawn[n]] for n in drawn}}
+    drawn = await complete(http, submitted.items())
+    return {
+        "generated_texts": {
+            name: [body.prompt + delta.text for delta in deltas]
+            for name, deltas in zip(submitted, drawn, strict=True)
+        }
+    }
 
 
 def stream_plain(body: models.TextRequest | models.TextQuery, source: str) -> Response:
@@ -912,6 +976,469 @@ async def generate_text_from_query(query: Annotated[models.TextQuery, Query()]) 
 async def generate_text(body: models.TextRequest) -> Response:
     """The same with a JSON body."""
     return stream_plain(body, "body")
+
+
+# --- OpenAI routes ------------------------------------------------------------------------------
+
+LOADED_AT_SECONDS = int(time.time())
+BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
+
+
+def openai_model(model: str | None) -> str:
+    """The name of the model that answers. Raises OpenAIError 404 for one not served."""
+    if model is not None and model not in engines:
+        message = f"The model does not exist; served: {', '.join(engines)}"
+        raise OpenAIError(404, message, param="model", code="model_not_found")
+    return model or default_model_name
+
+
+def check_prompt(text: str, num_tokens: int, max_tokens: int, context_tokens: int) -> None:
+    """Raises OpenAIError 400 for a prompt that is too long, empty or forbidden."""
+    if num_tokens == 0:
+        raise OpenAIError(400, "prompt: must hold at least one token", param="prompt")
+    if num_tokens + max_tokens > context_tokens:
+        raise OpenAIError(
+            400,
+            f"This model's maximum context length is {context_tokens} tokens, however you "
+            f"requested {num_tokens + max_tokens} tokens ({num_tokens} in your prompt; "
+            f"{max_tokens} for the completion)",
+            param="prompt",
+            code="context_length_exceeded",
+        )
+    if content_filter.find(text):
+        raise OpenAIError(400, FORBIDDEN_PROMPT, param="prompt", code="content_filter")
+
+
+def completion_prompts(
+    model_name: str, body: models.CompletionRequest
+) -> tuple[list[str], list[list[int]]]:
+    """The prompts as text and as token ids. Raises OpenAIError 400."""
+    tokenizer, chosen = generators[model_name].tokenizer, engines[model_name]
+    is_one = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
+    prompts = cast(list[str | list[int]], [body.prompt] if is_one else body.prompt)
+    if len(prompts) > settings.max_queue_size:
+        message = f"prompt: at most {settings.max_queue_size} in one request"
+        raise OpenAIError(400, message, param="prompt")
+    prompt_texts, prompts_token_ids = [], []
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            text, token_ids = prompt, tokenizer.backend_tokenizer.encode(prompt).ids
+        elif max(prompt) >= chosen.vocab_size:
+            message = f"prompt: token ids go up to {chosen.vocab_size - 1}"
+            raise OpenAIError(400, message, param="prompt")
+        else:
+            text, token_ids = tokenizer.decode(prompt, skip_special_tokens=True), prompt
+        check_prompt(text, len(token_ids), body.max_tokens, chosen.max_model_len)
+        prompt_texts.append(text)
+        prompts_token_ids.append(token_ids)
+    return prompt_texts, prompts_token_ids
+
+
+def chat_prompt(model_name: str, body: models.ChatCompletionRequest) -> list[int]:
+    """The token ids of a conversation, by the model's own template. Raises OpenAIError 400."""
+    tokenizer = generators[model_name].tokenizer
+    if not tokenizer.chat_template:
+        message = f"{model_name} has no chat template: use /v1/completions"
+        raise OpenAIError(400, message, param="model")
+    for message_ in body.messages:
+        if content_filter.find(message_.text):
+            raise OpenAIError(400, FORBIDDEN_PROMPT, param="messages", code="content_filter")
+    try:
+        text = tokenizer.apply_chat_template(
+            [
+                {"role": "system" if m.role == "developer" else m.role, "content": m.text}
+                for m in body.messages
+            ],
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+    except TemplateError:
+        message = "messages: the model's chat template does not take these roles in this order"
+        raise OpenAIError(400, message, param="messages") from None
+    token_ids: list[int] = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    max_tokens = body.max_completion_tokens or body.max_tokens or 1
+    check_prompt("", len(token_ids), max_tokens, engines[model_name].max_model_len)
+    return token_ids
+
+
+def openai_params(
+    model_name: str,
+    body: models.CompletionRequest | models.ChatCompletionRequest,
+    max_tokens: int,
+    num_logprobs: int | None,
+    num_prompt_logprobs: int | None = None,
+) -> SamplingParams:
+    """The engine's parameters. Raises OpenAIError 400 for what depends on the model."""
+    vocab_size = engines[model_name].vocab_size
+    logit_bias = {int(token_id): bias for token_id, bias in body.logit_bias.items()}
+    if body.top_k > vocab_size:
+        raise OpenAIError(400, f"top_k: goes up to {vocab_size}", param="top_k")
+    if max(logit_bias, default=0) >= vocab_size:
+        message = f"logit_bias: token ids go up to {vocab_size - 1}"
+        raise OpenAIError(400, message, param="logit_bias")
+    if body.min_tokens > max_tokens:
+        message = f"min_tokens: must not be above the {max_tokens} tokens to generate"
+        raise OpenAIError(400, message, param="min_tokens")
+    return SamplingParams(
+        max_new_tokens=max_tokens,
+        temperature=body.temperature,
+        top_k=body.top_k,
+        top_p=body.top_p,
+        min_p=body.min_p,
+        repetition_penalty=body.repetition_penalty,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        logit_bias=logit_bias,
+        min_tokens=body.min_tokens,
+        ignore_eos=body.ignore_eos,
+        stop=tuple(body.stop),
+        num_logprobs=num_logprobs,
+        num_prompt_logprobs=num_prompt_logprobs,
+        seed=body.seed,
+    )
+
+
+@lru_cache(maxsize=1 << 16)
+def token_bytes(model_name: str, token_id: int) -> bytes:
+    """The bytes that a token stands for; of a special token, its name."""
+    tokenizer = generators[model_name].tokenizer
+    piece = tokenizer.convert_ids_to_tokens(token_id) or ""
+    if token_id in tokenizer.all_special_ids:
+        return bytes(piece, "utf-8")
+    if tokenizer.convert_tokens_to_ids("Ġ") not in (None, tokenizer.unk_token_id):  # byte-level
+        return bytes(BYTE_OF[character] for character in piece if character in BYTE_OF)
+    if match := re.fullmatch("<0x([0-9A-F]{2})>", piece):
+        return bytes.fromhex(match[1])
+    return bytes(piece.replace("▁", " "), "utf-8")
+
+
+def token_string(model_name: str, token_id: int) -> str:
+    """A token as OpenAI writes it: no two tokens the same."""
+    raw = token_bytes(model_name, token_id)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+class Choice:
+    """The tokens of one choice in OpenAI's form: every one that was generated, also those of a
+    stop string and of the end of the text, so that they are as many as the usage says."""
+
+    def __init__(self, model_name: str):
+        self.model_name = model_name
+        self.offset = 0  # where in the text the next token begins
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def text_offset(self, token_id: int) -> int:
+        """Where in the text this token begins, in characters; called for each in turn."""
+        start = self.offset
+        if token_id not in generators[self.model_name].tokenizer.all_special_ids:
+            self.offset += len(self.decoder.decode(token_bytes(self.model_name, token_id)))
+        return start
+
+    def completion_logprobs(
+        self, tokens: list[TokenLogprobs], first_token_id: int | None
+    ) -> dict[str, Any]:
+        """first_token_id: of an echoed prompt, which has no probability."""
+        token_ids = [token.token_id for token in tokens]
+        token_logprobs: list[float | None] = [token.logprob for token in tokens]
+        top: list[dict[str, float] | None] = [self.top(token) for token in tokens]
+        if first_token_id is not None:
+            token_ids.insert(0, first_token_id)
+            token_logprobs.insert(0, None)
+            top.insert(0, None)
+        return {
+            "tokens": [token_string(self.model_name, token_id) for token_id in token_ids],
+            "token_logprobs": token_logprobs,
+            "top_logprobs": top,
+            "text_offset": [self.text_offset(token_id) for token_id in token_ids],
+        }
+
+    def top(self, token: TokenLogprobs) -> dict[str, float]:
+        """The likeliest tokens and the token itself, each once."""
+        likeliest = [*token.top, (token.token_id, token.logprob)]
+        return {token_string(self.model_name, id_): logprob for id_, logprob in likeliest}
+
+    def chat_logprobs(self, tokens: list[TokenLogprobs]) -> dict[str, Any]:
+        def written(token_id: int, logprob: float) -> dict[str, Any]:
+            return {
+                "token": token_string(self.model_name, token_id),
+                "logprob": logprob,
+                "bytes": list(token_bytes(self.model_name, token_id)),
+            }
+
+        content = [
+            written(token.token_id, token.logprob)
+            | {"top_logprobs": [written(*alternative) for alternative in token.top]}
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+
+class Answer:
+    """What a `/v1` route answers, whole or as a stream of chunks."""
+
+    prefix, whole_object, chunk_object = "", "", ""
+
+    def __init__(
+        self,
+        model_name: str,
+        body: models.CompletionRequest | models.ChatCompletionRequest,
+        requests: list[EngineRequest],
+    ):
+        self.model_name = model_name
+        self.requests = requests
+        self.body = body
+        num_choices = sum(request.num_sequences for request in requests)
+        self.choices = [Choice(model_name) for _ in range(num_choices)]
+        self.num_prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
+        self.num_completion_tokens = 0
+        described = (model_name, torch.__version__, settings.dtype, settings.quantization)
+        self.head = {
+            "id": f"{self.prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model_name,
+            "system_fingerprint": "fp_" + hashlib.sha256(repr(described).encode()).hexdigest()[:10],
+        }
+
+    def usage(self) -> dict[str, int]:
+        return {
+            "prompt_tokens": self.num_prompt_tokens,
+            "completion_tokens": self.num_completion_tokens,
+            "total_tokens": self.num_prompt_tokens + self.num_completion_tokens,
+        }
+
+    def choice(self, delta: Delta) -> dict[str, Any]:
+        """A choice of the whole answer."""
+        raise NotImplementedError
+
+    def chunk_choices(self, delta: Delta, is_first: bool) -> list[dict[str, Any]]:
+        """What a delta adds to a streamed choice: of as many chunks, the choices."""
+        raise NotImplementedError
+
+    def chosen(self, deltas: list[Delta]) -> list[Delta]:
+        """Those of all sequences that the client gets."""
+        return deltas
+
+    async def whole(self, http: Request) -> dict[str, Any]:
+        (deltas,) = await complete(http, [(self.model_name, self.requests)])
+        self.num_completion_tokens = sum(len(delta.token_ids) for delta in deltas)
+        choices = [self.choice(delta) for delta in self.chosen(deltas)]
+        return {
+            **self.head, "object": self.whole_object, "choices": choices, "usage": self.usage()
+        }  # fmt: skip
+
+    async def chunks(self) -> AsyncGenerator[str]:
+        options = self.body.stream_options
+        head = {**self.head, "object": self.chunk_object}
+        begun = set()
+        try:
+            async with aclosing(deltas_in_time(self.model_name, *self.requests)) as deltas:
+                async for delta in deltas:
+                    self.num_completion_tokens += len(delta.token_ids)
+                    usage = self.usage() if options.continuous_usage_stats else None
+                    for choice in self.chunk_choices(delta, delta.index not in begun):
+                        yield event({**head, "choices": [choice], "usage": usage})
+                    begun.add(delta.index)
+            if options.include_usage:
+                yield event({**head, "choices": [], "usage": self.usage()})
+            yield "data: [DONE]\n\n"
+        except (TimeoutError, InferenceError, EngineStoppedError) as error:
+            status = 500 if isinstance(error, InferenceError) else 503
+            yield event(openai_error(status, describe(error)))
+
+    async def response(self, http: Request) -> Any:
+        if not self.body.stream:
+            return await self.whole(http)
+        chosen = engines[self.model_name]
+        return GenerationStream(
+            self.chunks(), lambda: chosen.abort(*self.requests), "text/event-stream"
+        )
+
+
+class CompletionAnswer(Answer):
+    prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
+    body: models.CompletionRequest
+
+    def __init__(
+        self,
+        model_name: str,
+        body: models.CompletionRequest,
+        requests: list[EngineRequest],
+        prompt_texts: list[str],
+    ):
+        super().__init__(model_name, body, requests)
+        self.prompt_texts = prompt_texts
+
+    def choice(self, delta: Delta, is_first: bool = True) -> dict[str, Any]:
+        text, tokens, first_token_id = delta.text, delta.logprobs, None
+        if self.body.echo and is_first:
+            at = delta.index // self.requests[0].num_sequences
+            request = self.requests[at]
+            tokens = [*(request.prompt_logprobs or ()), *tokens]
+            text = self.prompt_texts[at] + text
+            first_token_id = request.prompt_token_ids[0]
+        written = self.choices[delta.index].completion_logprobs
+        return {
+            "index": delta.index,
+            "text": text,
+            "logprobs": None if self.body.logprobs is None else written(tokens, first_token_id),
+            "finish_reason": delta.finish_reason,
+        }
+
+    def chunk_choices(self, delta: Delta, is_first: bool) -> list[dict[str, Any]]:
+        return [self.choice(delta, is_first)]
+
+    def chosen(self, deltas: list[Delta]) -> list[Delta]:
+        num_drawn, num_given = self.requests[0].num_sequences, self.body.n
+        if num_drawn == num_given:
+            return deltas
+
+        def mean_logprob(delta: Delta) -> float:
+            return fmean(token.logprob for token in delta.logprobs) if delta.logprobs else -math.inf
+
+        best = []
+        for start in range(0, len(deltas), num_drawn):
+            drawn = deltas[start : start + num_drawn]
+            best += sorted(drawn, key=mean_logprob, reverse=True)[:num_given]
+        return best
+
+    async def whole(self, http: Request) -> dict[str, Any]:
+        answer = await super().whole(http)
+        for index, choice in enumerate(answer["choices"]):
+            choice["index"] = index  # of those given, not of those drawn
+        return answer
+
+
+class ChatAnswer(Answer):
+    prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    body: models.ChatCompletionRequest
+
+    def rest(self, delta: Delta) -> dict[str, Any]:
+        written = self.choices[delta.index].chat_logprobs
+        return {
+            "index": delta.index,
+            "logprobs": written(delta.logprobs) if self.body.logprobs else None,
+            "finish_reason": delta.finish_reason,
+        }
+
+    def choice(self, delta: Delta) -> dict[str, Any]:
+        message = {"role": "assistant", "content": delta.text, "refusal": None}
+        return {"message": message, **self.rest(delta)}
+
+    def chunk_choices(self, delta: Delta, is_first: bool) -> list[dict[str, Any]]:
+        role = {"role": "assistant", "content": ""}
+        start = {"index": delta.index, "delta": role, "logprobs": None, "finish_reason": None}
+        return [start] * is_first + [{"delta": {"content": delta.text}, **self.rest(delta)}]
+
+
+OPENAI_REFUSALS: dict[int | str, str] = {
+    400: "Invalid, forbidden (`content_filter`) or too long (`context_length_exceeded`)",
+    404: "No such model (`model_not_found`)",
+    413: "Request body too large",
+    "4XX": "Any other refusal",  # and no 422, which FastAPI would put here by itself
+    500: "Model inference failed",
+    503: "Overloaded or stopping; see Retry-After",
+    504: "The request took too long",
+}
+OPENAI_ERRORS: Responses = {
+    status: {"model": models.OpenAIError, "description": description}
+    for status, description in OPENAI_REFUSALS.items()
+}
+
+
+def or_chunks(chunk: type[BaseModel], example: str) -> Responses:
+    """200 in the OpenAPI document: with `"stream": true`, chunks as server-sent events."""
+    described = f"Chunks, ended by `data: [DONE]`; each is `data:` and a `{chunk.__name__}`"
+    events = {"schema": {"type": "string", "description": described}, "example": example}
+    return {200: {"content": {"text/event-stream": events}}}
+
+
+@app.post(
+    "/v1/completions",
+    response_model=models.Completion,
+    responses=OPENAI_ERRORS
+    | or_chunks(
+        models.Completion,
+        'data: {"id": "cmpl-1", "object": "text_completion", "created": 1700000000, "model": '
+        '"gpt2", "choices": [{"index": 0, "text": " there", "logprobs": null, '
+        '"finish_reason": null}], "usage": null}\n\ndata: [DONE]\n\n',
+    ),
+    tags=["openai"],
+)
+async def create_completion(http: Request, body: models.CompletionRequest) -> Any:
+    """OpenAI's completions: continues one or more prompts, given as text or as token ids."""
+    num_drawn = body.best_of or body.n
+    if num_drawn < body.n:
+        raise OpenAIError(400, "best_of: must not be below n", param="best_of")
+    if num_drawn > body.n and body.stream:
+        raise OpenAIError(400, "best_of: must be n in a stream", param="best_of")
+    if body.max_tokens == 0 and not body.echo:
+        raise OpenAIError(400, "max_tokens: 0 needs echo", param="max_tokens")
+    name = openai_model(body.model)
+    num_logprobs = 0 if body.logprobs is None and num_drawn > body.n else body.logprobs
+    num_prompt_logprobs = body.logprobs if body.echo else None
+    params = openai_params(name, body, body.max_tokens, num_logprobs, num_prompt_logprobs)
+    # In a thread, because prompts may be long here.
+    prompt_texts, prompts = await asyncio.to_thread(completion_prompts, name, body)
+    requests = engines[name].submit_all(
+        prompts, params, num_sequences=num_drawn, streams=body.stream
+    )
+    return await CompletionAnswer(name, body, requests, prompt_texts).response(http)
+
+
+@app.post(
+    "/v1/chat/completions",
+    response_model=models.ChatCompletion,
+    responses=OPENAI_ERRORS
+    | or_chunks(
+        models.ChatCompletionChunk,
+        'data: {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1700000000, '
+        '"model": "gpt2", "choices": [{"index": 0, "delta": {"content": " there"}, "logprobs": '
+        'null, "finish_reason": null}], "usage": null}\n\ndata: [DONE]\n\n',
+    ),
+    tags=["openai"],
+)
+async def create_chat_completion(http: Request, body: models.ChatCompletionRequest) -> Any:
+    """OpenAI's chat completions, for models with a chat template."""
+    if body.top_logprobs and not body.logprobs:
+        raise OpenAIError(400, "top_logprobs: needs logprobs", param="top_logprobs")
+    name = openai_model(body.model)
+    prompt = await asyncio.to_thread(chat_prompt, name, body)
+    max_tokens = (
+        body.max_completion_tokens or body.max_tokens or engines[name].max_model_len - len(prompt)
+    )
+    params = openai_params(name, body, max_tokens, body.top_logprobs if body.logprobs else None)
+    request = engines[name].submit(prompt, params, num_sequences=body.n, streams=body.stream)
+    return await ChatAnswer(name, body, [request]).response(http)
+
+
+def describe_model(name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": LOADED_AT_SECONDS,
+        "owned_by": name.rpartition("/")[0] or "local",
+        "max_model_len": engines[name].max_model_len,
+    }
+
+
+@app.get("/v1/models", response_model=models.ModelList, tags=["openai"])
+async def list_models() -> Any:
+    """The served models, the default one first."""
+    return {"object": "list", "data": [describe_model(name) for name in engines]}
+
+
+@app.get(
+    "/v1/models/{model_id:path}",
+    response_model=models.Model,
+    responses={404: OPENAI_ERRORS[404], "4XX": OPENAI_ERRORS["4XX"]},
+    tags=["openai"],
+)
+async def retrieve_model(model_id: str) -> Any:
+    """One served model."""
+    return describe_model(openai_model(model_id.replace(ENCODED_SLASH, "/")))
 
 
 # What browsers and crawlers ask for by themselves.
@@ -939,6 +1466,6 @@ async def generate_from_path(
     prompt = prompt.replace(ENCODED_SLASH, "/")
     name = served_name(query.model)
     request = submit(name, prompt, query, source="query", num_sequences=query.num_return_sequences)
-    drawn = await texts(http, {name: request})
+    (deltas,) = await complete(http, [(name, [request])])
     response.headers["Cache-Control"] = "no-store"
-    return {"generated_sequences": [prompt + text for text in drawn[name]]}
+    return {"generated_sequences": [prompt + delta.text for delta in deltas]}

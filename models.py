@@ -5,7 +5,8 @@ numbers, unknown fields are refused. Query strings hold nothing but text, so the
 same fields are read from decimal digits.
 """
 
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -14,8 +15,12 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
+    ValidationError,
+    WrapValidator,
     field_validator,
+    model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 MAX_PROMPT_CHARACTERS = 500
 MAX_SEED = 2**63 - 1
@@ -56,16 +61,21 @@ class _Strict(BaseModel):
 # --- Sampling parameters, shared by every route -------------------------------------------------
 
 
-class LengthParams(_Strict):
-    """How much text is generated."""
-
-    max_length: int = Field(
-        default=50,
+MaxLength = Annotated[
+    int,
+    Field(
         ge=10,
         le=200,
         description="Total length in tokens, prompt included. When neither this nor "
         "`max_new_tokens` is sent, as many tokens as the default are generated after the prompt.",
-    )
+    ),
+]
+
+
+class LengthParams(_Strict):
+    """How much text is generated."""
+
+    max_length: MaxLength = 50
     max_new_tokens: int | None = Field(
         default=None,
         ge=1,
@@ -75,23 +85,33 @@ class LengthParams(_Strict):
     )
 
 
-class SamplingParams(_Strict):
-    """How the next token is chosen, on every route."""
-
-    temperature: float = Field(
-        default=1.0, ge=0, le=2, description="0 always takes the likeliest token (greedy)."
-    )
-    top_p: float = Field(
-        default=0.9,
+Temperature = Annotated[
+    float, Field(ge=0, le=2, description="0 always takes the likeliest token (greedy).")
+]
+TopP = Annotated[
+    float,
+    Field(
         gt=0,
         le=1,
         description="Only the likeliest tokens that together have this probability; 1 keeps all.",
-    )
-    top_k: int = Field(
-        default=50,
+    ),
+]
+TopK = Annotated[
+    int,
+    Field(
         ge=0,
         description="Only so many of the likeliest tokens, up to the vocabulary; 0 keeps all.",
-    )
+    ),
+]
+NumSequences = Annotated[int, Field(ge=1, le=8, description="How many continuations to draw.")]
+
+
+class SamplingParams(_Strict):
+    """How the next token is chosen, on every route."""
+
+    temperature: Temperature = 1.0
+    top_p: TopP = 0.9
+    top_k: TopK = 50
     seed: int | None = Field(
         default=None,
         ge=0,
@@ -108,9 +128,7 @@ class SamplingParams(_Strict):
 
 
 class SequenceCount(_Strict):
-    num_return_sequences: int = Field(
-        default=1, ge=1, le=8, description="How many continuations to draw."
-    )
+    num_return_sequences: NumSequences = 1
 
 
 class ModelChoice(_Strict):
@@ -165,9 +183,7 @@ class GenerateTextRequest(SequenceCount, SamplingParams, LengthParams):
     )
 
     prompt: Prompt
-    max_length: int = Field(
-        default=100, ge=10, le=200, description=LengthParams.model_fields["max_length"].description
-    )
+    max_length: MaxLength = 100
 
 
 class GenerateTextResponse(BaseModel):
@@ -244,3 +260,300 @@ class InvalidField(BaseModel):
 
 class ValidationErrors(BaseModel):
     detail: list[InvalidField]
+
+
+# --- OpenAI routes ------------------------------------------------------------------------------
+
+# What OpenAI defines and this service can leave out without changing what a client gets.
+IGNORED_FIELDS = {
+    "metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
+    "service_tier", "store", "user",
+}  # fmt: skip
+# What would change the answer, and the values of it that do not.
+UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
+    "suffix": (),
+    "audio": (), "function_call": ("none",), "functions": ([],), "modalities": (["text"],),
+    "parallel_tool_calls": (True, False), "prediction": (), "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},), "tool_choice": ("none", "auto"), "tools": ([],),
+    "verbosity": ("medium",), "web_search_options": (),
+}  # fmt: skip
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+def _in_one_message(message: str) -> WrapValidator:
+    """One message for a union, instead of one for each of its members."""
+
+    def validate(value: Any, validator: Callable[[Any], Any]) -> Any:
+        try:
+            return validator(value)
+        except ValidationError:
+            raise ValueError(message) from None
+
+    return WrapValidator(validate)
+
+
+CompletionPrompt = Annotated[
+    Text | Annotated[list[Text], Field(min_length=1)] | TokenIds
+    | Annotated[list[TokenIds], Field(min_length=1)],
+    _in_one_message(
+        "must be a string, a list of strings, a list of token ids or a list of such lists; "
+        "no list may be empty, and no text may hold NUL or a lone surrogate"
+    ),
+]  # fmt: skip
+
+
+class StreamOptions(_Strict):
+    include_usage: bool = Field(
+        default=False, description="Send the usage in a last event of its own."
+    )
+    continuous_usage_stats: bool = Field(default=False, description="Send it in every event.")
+    include_obfuscation: bool = Field(default=False, description="Accepted, ignored.")
+
+
+class _OpenAIRequest(ModelChoice, SamplingParams):
+    """What both `/v1` generation routes take. A null field counts as left out, as in OpenAI's
+    own API; so do fields of OpenAI's that change nothing here, like `user` and `store`."""
+
+    top_p: TopP = 1.0
+    top_k: TopK = 0
+    n: NumSequences = 1
+    presence_penalty: float = Field(
+        default=0, ge=-2, le=2, description="Subtracted once from a token that was generated."
+    )
+    frequency_penalty: float = Field(
+        default=0, ge=-2, le=2, description="Subtracted for each time a token was generated."
+    )
+    repetition_penalty: float = Field(
+        default=1,
+        gt=0,
+        le=2,
+        description="Above 1: tokens of prompt and text become less likely (CTRL's formula).",
+    )
+    min_p: float = Field(
+        default=0,
+        ge=0,
+        le=1,
+        description="Drops tokens less likely than this times the likeliest one.",
+    )
+    min_tokens: int = Field(default=0, ge=0, description="No end before so many tokens.")
+    ignore_eos: bool = Field(default=False, description="Generate past the end of the text.")
+    logit_bias: dict[
+        Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")],
+        Annotated[float, Field(ge=-100, le=100)],
+    ] = Field(
+        default={},
+        max_length=1024,
+        description="Added to the logits of these token ids; -100 all but bans.",
+        examples=[{"50256": -100}],
+    )
+    stream: bool = Field(default=False, description="Send chunks as server-sent events.")
+    stream_options: StreamOptions = StreamOptions()
+    user: str | None = Field(default=None, description="Accepted, ignored.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_changes_nothing(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        kept = {name: value for name, value in body.items() if value is not None}
+        for name in kept.keys() & UNSUPPORTED_FIELDS.keys():
+            if kept[name] not in UNSUPPORTED_FIELDS[name]:
+                raise PydanticCustomError("unsupported", "not supported", {"param": name})
+        return {
+            name: value
+            for name, value in kept.items()
+            if name not in IGNORED_FIELDS and name not in UNSUPPORTED_FIELDS
+        }
+
+
+class CompletionRequest(_OpenAIRequest):
+    """`POST /v1/completions` (https://platform.openai.com/docs/api-reference/completions)"""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"prompt": "Once upon a time", "max_tokens": 40, "temperature": 0.8, "seed": 42},
+                {"prompt": "Once upon a time", "max_tokens": 0, "echo": True, "logprobs": 1},
+            ]
+        }
+    )
+
+    prompt: CompletionPrompt = Field(
+        description="A text, several, or the token ids of one or of several.",
+        examples=["Once upon a time"],
+    )
+    max_tokens: int = Field(
+        default=16, ge=0, description="Tokens to generate; 0 with `echo` scores the prompt."
+    )
+    logprobs: int | None = Field(
+        default=None,
+        ge=0,
+        le=5,
+        description="Give each token's log probability, and those of so many likeliest tokens.",
+    )
+    echo: bool = Field(default=False, description="Begin the text with the prompt.")
+    best_of: NumSequences | None = Field(
+        default=None,
+        description="Draw so many and give the `n` with the highest mean log probability.",
+    )
+
+
+class TextPart(_Strict):
+    type: Literal["text"]
+    text: Text
+
+
+class ChatMessage(_Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[
+        Text | list[TextPart], _in_one_message("must be a string or a list of text parts")
+    ]
+    name: Text | None = Field(default=None, description="Accepted, ignored.")
+
+    @property
+    def text(self) -> str:
+        content = self.content
+        return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+class ChatCompletionRequest(_OpenAIRequest):
+    """`POST /v1/chat/completions` (https://platform.openai.com/docs/api-reference/chat)"""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"messages": [{"role": "user", "content": "Tell me a tale."}], "max_tokens": 60}
+            ]
+        }
+    )
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(
+        default=None, ge=1, description="Tokens to generate; unset: as many as fit."
+    )
+    max_tokens: int | None = Field(
+        default=None, ge=1, description="The older name of `max_completion_tokens`."
+    )
+    logprobs: bool = Field(default=False, description="Give each token's log probability.")
+    top_logprobs: int = Field(
+        default=0, ge=0, le=20, description="And those of so many likeliest tokens."
+    )
+
+
+class Usage(BaseModel):
+    prompt_tokens: int = Field(examples=[4])
+    completion_tokens: int = Field(examples=[40])
+    total_tokens: int = Field(examples=[44])
+
+
+class CompletionLogprobs(BaseModel):
+    """Of each token; a token that is no whole character is written `bytes:\\xe2\\x80`."""
+
+    tokens: list[str] = Field(examples=[[" there", " was"]])
+    token_logprobs: list[float | None] = Field(
+        description="Null for the first token of an echoed prompt.", examples=[[-1.2, -0.4]]
+    )
+    top_logprobs: list[dict[str, float] | None] | None = Field(
+        examples=[[{" there": -1.2}, {" was": -0.4}]]
+    )
+    text_offset: list[int] = Field(description="In characters of `text`.", examples=[[0, 6]])
+
+
+FinishReason = Literal["stop", "length", "content_filter"]
+
+
+class CompletionChoice(BaseModel):
+    index: int = Field(examples=[0])
+    text: str = Field(examples=[" there was a king"])
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: FinishReason | None = Field(description="Null in a chunk before the last.")
+
+
+class _OpenAIResponse(BaseModel):
+    id: str = Field(examples=["cmpl-2f6ae1c1b8a84b1c8ad9c5fcb9d3e6ad"])
+    created: int = Field(description="Seconds since 1970.", examples=[1700000000])
+    model: str = Field(examples=["gpt2"])
+    system_fingerprint: str = Field(examples=["fp_9c5fcb9d3e"])
+    usage: Usage | None = Field(description="Null in a chunk, unless asked for.")
+
+
+class Completion(_OpenAIResponse):
+    """The answer, and each chunk of a stream."""
+
+    object: Literal["text_completion"] = "text_completion"
+    choices: list[CompletionChoice]
+
+
+class TopLogprob(BaseModel):
+    token: str = Field(examples=[" there"])
+    logprob: float = Field(examples=[-1.2])
+    bytes: list[int] = Field(examples=[[32, 116, 104, 101, 114, 101]])
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class AssistantMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str = Field(examples=["There was a king."])
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    index: int = Field(examples=[0])
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(_OpenAIResponse):
+    object: Literal["chat.completion"] = "chat.completion"
+    choices: list[ChatChoice]
+
+
+class MessageDelta(BaseModel):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChunkChoice(BaseModel):
+    index: int
+    delta: MessageDelta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason | None
+
+
+class ChatCompletionChunk(_OpenAIResponse):
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    choices: list[ChunkChoice]
+
+
+class Model(BaseModel):
+    id: str = Field(examples=["gpt2"])
+    object: Literal["model"] = "model"
+    created: int = Field(description="When it was loaded.", examples=[1700000000])
+    owned_by: str = Field(examples=["openai-community"])
+    max_model_len: int = Field(description="Tokens of prompt and text together.", examples=[1024])
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class OpenAIErrorBody(BaseModel):
+    message: str
+    type: str = Field(examples=["invalid_request_error"])
+    param: str | None = Field(examples=["max_tokens"])
+    code: str | None = Field(examples=["context_length_exceeded"])
+
+
+class OpenAIError(BaseModel):
+    error: OpenAIErrorBody
