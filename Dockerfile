@@ -1,4 +1,4 @@
-# docker build -t gpt2-fastapi --build-arg TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu .
+# docker build -t gpt2-fastapi --build-arg TORCH_INDEX_URL=$TORCH_CPU_INDEX .
 # docker run -p 8000:8000 -v gpt2-cache:/var/cache/huggingface gpt2-fastapi
 
 FROM python:3.12-slim AS build

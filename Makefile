@@ -3,22 +3,24 @@
 PYTHON ?= python3
 HOST ?= 127.0.0.1
 PORT ?= 8000
+SECONDS ?= 60
 
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help run test check bench clean
+.PHONY: help run test check bench soak clean
 
 help:
 	@echo 'make run     start the service on http://$(HOST):$(PORT); HOST=… and PORT=… change that'
 	@echo 'make test    run the tests'
 	@echo 'make check   check format, lint and types, then run the tests'
 	@echo 'make bench   measure the service; BENCH_ARGS=… is passed on'
+	@echo 'make soak    mixed traffic for SECONDS=$(SECONDS), then what was left behind'
 	@echo 'make clean   remove the virtual environment and all caches'
 	@echo
 	@echo 'The first run installs requirements.txt into $(VENV). PYTHON=python3.12 picks the Python;'
 	@echo 'pip reads its usual variables. Linux without a GPU: several GB less to download with'
-	@echo '    make run PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu'
+	@echo '    make run PIP_EXTRA_INDEX_URL=… (the CPU index that pytorch.org/get-started names)'
 
 # exec: signals reach uvicorn itself. `python -m` survives a moved checkout, bin/uvicorn does not.
 run: $(VENV)/.run
@@ -36,8 +38,11 @@ check: $(VENV)/.test
 bench: $(VENV)/.test
 	$(PY) bench.py $(BENCH_ARGS)
 
+soak: $(VENV)/.test
+	$(PY) soak.py --seconds $(SECONDS)
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .schemathesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An interrupted install leaves .installing behind. Then, or when the environment's Python no

@@ -149,6 +149,20 @@ class Delta:
     finish_reason: FinishReason | None  # set in the last delta of the sequence
 
 
+@dataclass(slots=True)
+class StepStats:
+    """What one step did, for whoever keeps count. Seconds are since the request came, but for
+    `inter_token_seconds`, which are since the sequence's token before."""
+
+    num_rows: int  # tokens that went through the model
+    num_prompt_tokens: int  # of these
+    queue_seconds: list[float]  # of requests that left the queue
+    time_to_first_token_seconds: list[float] = field(default_factory=list)
+    inter_token_seconds: list[float] = field(default_factory=list)
+    finished: list[tuple[FinishReason, float]] = field(default_factory=list)
+    num_rollbacks: int = 0
+
+
 class TextFilter(Protocol):
     """What the engine asks of a content filter (see `main.ContentFilter`)."""
 
@@ -188,6 +202,9 @@ class Request:
         self.num_safe_characters = num_safe_characters  # of it: in these it cannot
         self.streams = streams  # else the only delta of a sequence is its last
         self.is_aborted = False
+        self.arrived_seconds = time.monotonic()
+        self.queue_seconds: float | None = None  # how long it waited; None while it does
+        self.num_generated_tokens = 0  # by all its sequences, without what was rolled back
         # Of each prompt token but the first; set ahead of the first delta, if asked for.
         self.prompt_logprobs: list[TokenLogprobs] | None = None
         self.loop = loop
@@ -214,6 +231,7 @@ class Sequence:
         self.num_safe_characters = request.num_safe_characters
         self.banned: dict[int, list[int]] = {}  # output position -> token ids rolled back there
         self.num_rollbacks = 0
+        self.last_token_seconds: float | None = None  # when the last token came
         self.decode_stream: DecodeStream | None = None
 
     @property
@@ -248,14 +266,15 @@ class Scheduler:
     def is_finished(self) -> bool:
         return not self.waiting and not self.running
 
-    @property
-    def num_waiting_requests(self) -> int:
-        return len({seq.request.id for seq in self.waiting})
+    def num_waiting_requests(self, new: SequenceOf[Sequence] = ()) -> int:
+        """Of those in the queue, with `new` at its end, for which no place is free."""
+        num_free = self.max_num_seqs - len(self.running)
+        beyond = itertools.islice(itertools.chain(self.waiting, new), max(0, num_free), None)
+        return len({seq.request.id for seq in beyond})
 
     def add(self, seqs: SequenceOf[Sequence]) -> None:
         """Queues the sequences of one or more requests. Raises QueueFullError, then queues none."""
-        num_requests = len({seq.request.id for seq in seqs})
-        if self.num_waiting_requests + num_requests > self.max_queue_size:
+        if self.num_waiting_requests(seqs) > self.max_queue_size:
             raise QueueFullError(f"{self.max_queue_size} requests are waiting already")
         self.waiting.extend(seqs)
 
@@ -686,6 +705,7 @@ class Engine:
         place (weights packed, attention set) and belongs to the engine from here on.
     max_model_len: prompt and output together; cut to the model's context.
     text_filter: what generated text must not contain; None lets everything pass.
+    on_step: called in the engine's thread after each step; must not raise.
 
     The thread starts with the first request, or with `start`. Raises ValueError for a
     model whose attention cannot be replaced.
@@ -702,6 +722,7 @@ class Engine:
         quantization: str | None = None,
         num_threads: int | None = None,
         text_filter: TextFilter | None = None,
+        on_step: Callable[[StepStats], None] | None = None,
     ):
         if not model._supports_attention_backend:
             raise ValueError(f"{type(model).__name__} does not let its attention be replaced")
@@ -714,6 +735,7 @@ class Engine:
         self.model.set_attn_implementation("slots")
         self.tokenizer = tokenizer
         self.text_filter = text_filter
+        self.on_step = on_step
         self.eos_token_ids = self._eos_token_ids()
         prepare_weights(model, quantization)
         self.scheduler = Scheduler(max_num_seqs, max_queue_size)
@@ -747,7 +769,7 @@ class Engine:
     def is_full(self) -> bool:
         """Whether a request submitted now would be refused."""
         with self._lock:
-            return self.scheduler.num_waiting_requests >= self.scheduler.max_queue_size
+            return self.scheduler.num_waiting_requests() >= self.scheduler.max_queue_size
 
     @property
     def is_healthy(self) -> bool:
@@ -909,9 +931,22 @@ class Engine:
         """Everyone running gains a token, or gives some back to the filter."""
         with self._lock:
             admitted = self.scheduler.schedule()
+        prompts = {seq.request.id: seq.request for seq in admitted}.values()
+        new = [request for request in prompts if request.queue_seconds is None]
+        for request in new:
+            request.queue_seconds = time.monotonic() - request.arrived_seconds
+        num_prompt_tokens = sum(len(request.prompt_token_ids) for request in prompts)
+        num_decode = self.num_running - len(admitted)
+        stats = StepStats(
+            num_rows=num_decode + num_prompt_tokens,
+            num_prompt_tokens=num_prompt_tokens,
+            queue_seconds=[request.queue_seconds or 0.0 for request in new],
+        )
         logits = self._forward(admitted)
         token_ids = self._sample(logits)
-        self._postprocess(token_ids)
+        self._postprocess(token_ids, stats)
+        if self.on_step:
+            self.on_step(stats)
 
     def _probe(self) -> None:
         """Runs one token after a pause, to see whether an unhealthy engine has recovered."""
@@ -1053,15 +1088,24 @@ class Engine:
             )
         return token_ids
 
-    def _postprocess(self, token_ids: list[int]) -> None:
+    def _postprocess(self, token_ids: list[int], stats: StepStats) -> None:
         """Adds each running sequence's token; hands out deltas, frees what has finished."""
+        now_seconds, num_rollbacks = time.monotonic(), self.num_rollbacks
         deltas: dict[asyncio.AbstractEventLoop, list[tuple[Request, Delta]]] = {}
         try:
             for seq, token_id in zip(list(self.scheduler.running), token_ids, strict=True):
+                since_arrival_seconds = now_seconds - seq.request.arrived_seconds
+                if seq.last_token_seconds is None:
+                    stats.time_to_first_token_seconds.append(since_arrival_seconds)
+                else:
+                    stats.inter_token_seconds.append(now_seconds - seq.last_token_seconds)
+                seq.last_token_seconds = now_seconds
                 if delta := self._append(seq, token_id):
                     deltas.setdefault(seq.request.loop, []).append((seq.request, delta))
                     if delta.finish_reason:
+                        stats.finished.append((delta.finish_reason, since_arrival_seconds))
                         self._free(seq)
+            stats.num_rollbacks = self.num_rollbacks - num_rollbacks
         finally:  # an error at one sequence takes nothing from those before it
             for loop, outputs in deltas.items():
                 _call_soon(loop, _deliver, outputs)
@@ -1072,6 +1116,7 @@ class Engine:
         if params.max_new_tokens == 0:  # the prompt was all there was to do
             return self._release(seq, 0, "length")
         seq.output_token_ids.append(token_id)
+        request.num_generated_tokens += 1
         old_length = len(seq.text)
         seq.text += self._decode(seq, token_id)
         seq.text_ends.append(len(seq.text))
@@ -1155,6 +1200,7 @@ class Engine:
         seq.banned.setdefault(kept, []).append(seq.output_token_ids[kept])
         seq.num_rollbacks += 1
         self.num_rollbacks += 1
+        seq.request.num_generated_tokens -= len(seq.output_token_ids) - kept
         del seq.output_token_ids[kept:], seq.text_ends[kept:], seq.logprobs[kept:]
         seq.text = seq.text[: seq.text_ends[-1] if kept else 0]
         if seq.num_rollbacks > MAX_ROLLBACKS + kept:
@@ -1168,6 +1214,9 @@ class Engine:
         """The text that the next token completes: whole characters, so often none."""
         if seq.decode_stream is None:
             ids = seq.request.prompt_token_ids[-CONTEXT_TOKENS:]
+            # After half a character the stream would give its context out again.
+            while ids and self.tokenizer.decode(ids, skip_special_tokens=True).endswith("\ufffd"):
+                ids = ids[:-1]
             seq.decode_stream = DecodeStream(ids=ids, skip_special_tokens=True)
         return seq.decode_stream.step(self.tokenizer.backend_tokenizer, token_id) or ""
 

@@ -5,23 +5,32 @@
 Routes: `POST /generate` (JSON, or server-sent events with `"stream": true`),
 `POST /generate-text/`, `GET|POST /generate/text` (plain text as it is generated),
 `GET /{prompt}`, OpenAI's `POST /v1/completions`, `POST /v1/chat/completions` and
-`GET /v1/models`, `GET /health`, `GET /ready`, `GET /docs`.
+`GET /v1/models`, `GET /health`, `GET /ready`, `GET /metrics`, `GET /docs`.
 
-The path of a request: RequestContext (request id, access log) -> body limit -> schema in
-models.py -> content filter -> tokens -> `Engine.submit`, which refuses at once when its
-queue is full -> text, filtered again -> response. Everything in this module runs on the
-event loop and never computes for long; the engine's thread owns the model (engine.py).
+The path of a request: RequestContext (request id, log line) -> CORS -> Gate (API key, drain,
+rate limits) -> body limit -> schema in models.py -> content filter -> tokens ->
+`Engine.submit`, which refuses at once when its queue is full -> text, filtered again ->
+response. Everything in this module runs on the event loop and never computes for long, or
+in a short-lived thread; the engine's thread owns the model (engine.py).
 """
 
 import asyncio
+import atexit
 import codecs
+import copy
+import csv
 import hashlib
+import hmac
+import io
 import json
 import logging
 import math
 import os
+import queue
 import re
+import signal
 import sys
+import threading
 import time
 import unicodedata
 import uuid
@@ -29,8 +38,11 @@ from bisect import bisect_left
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from contextvars import ContextVar
-from functools import lru_cache
+from datetime import UTC, datetime
+from functools import cache, lru_cache, partial
+from io import TextIOWrapper
 from itertools import groupby
+from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, Literal, cast
@@ -44,6 +56,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import httpx
 import regex
 import torch
+import transformers
+import uvicorn
 from dotenv import load_dotenv
 from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi import Path as PathParameter
@@ -53,10 +67,18 @@ from fastapi_offline import FastAPIOffline
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from jinja2 import TemplateError
-from pydantic import BaseModel, Field, ValidationError
+from limits import RateLimitItemPerMinute
+from limits.aio.storage import MemoryStorage
+from limits.aio.strategies import FixedWindowRateLimiter
+from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, Info, generate_latest
+from pydantic import BaseModel, Field, FilePath, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from pythonjsonlogger.json import JsonFormatter
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import pipeline
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -70,6 +92,7 @@ from engine import (
     InferenceError,
     QueueFullError,
     SamplingParams,
+    StepStats,
     TokenLogprobs,
     native_dtype,
 )
@@ -132,8 +155,42 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(
         default=1_000_000, ge=1024, description="A larger request body is answered 413."
     )
+    drain_timeout_seconds: float = Field(
+        default=20,
+        ge=0,
+        description="After SIGTERM, requests that still run then are ended with an error.",
+    )
+    api_keys: SecretStr | None = Field(
+        default=None,
+        description="Comma-separated `key` or `name:key`; unset: open to everybody.",
+    )
+    api_keys_file: FilePath | None = Field(
+        default=None, description="A file with one such key a line, besides `API_KEYS`."
+    )
+    metrics_need_key: bool = Field(
+        default=True, description="Whether `/metrics` needs a key where there are keys."
+    )
+    rate_limit: int | None = Field(
+        default=None, ge=1, description="Requests a minute by key, else by client address."
+    )
+    token_rate_limit: int | None = Field(
+        default=None, ge=1, description="Generated tokens a minute, the same way."
+    )
+    cors_origins: str = Field(
+        default="", description="Comma-separated origins whose pages may call the API, or `*`."
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         default="INFO", description="Of the service's own log."
+    )
+    log_format: Literal["json", "text"] = Field(
+        default="json", description="Of the service's own log, on standard output."
+    )
+    log_prompts: bool = Field(default=False, description="Whether prompts are in the log.")
+    usage_log: Path | None = Field(
+        default=None, description="A CSV file that gets a row for each request that generates."
+    )
+    usage_log_max_bytes: int = Field(
+        default=10_000_000, ge=1000, description="It is rotated at this size; five old ones stay."
     )
 
 
@@ -152,17 +209,77 @@ settings = read_settings()
 # --- Logs ---------------------------------------------------------------------------------------
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
+# What the log line of the request under way will say; None outside of one.
+request_facts: ContextVar[dict[str, Any] | None] = ContextVar("request_facts", default=None)
+
+USAGE_COLUMNS = (
+    "time", "request_id", "route", "model", "prompt_tokens", "generated_tokens", "seconds",
+    "status", "key",
+)  # fmt: skip
+
+
+def note(**facts: Any) -> None:
+    """Adds to the log line of the request under way."""
+    if (noted := request_facts.get()) is not None:
+        noted.update(facts)
+
+
+class TextFormatter(logging.Formatter):
+    """One line for people; the facts of a request follow its message."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s [%(request_id)s] %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        facts = getattr(record, "facts", {})
+        written = (f" {name}={json.dumps(fact)}" for name, fact in facts.items())
+        return super().formatMessage(record) + "".join(written)
+
+
+class JsonLines(JsonFormatter):
+    """One JSON object a line, so that nothing that a client sends can forge a line."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "%(levelname)s %(name)s %(request_id)s %(message)s",
+            rename_fields={"levelname": "level", "name": "logger"},
+            timestamp="time",
+        )
+
+    def add_fields(
+        self, log_record: dict[str, Any], record: logging.LogRecord, message_dict: dict[str, Any]
+    ) -> None:
+        super().add_fields(log_record, record, message_dict)
+        log_record.update(log_record.pop("facts", {}))
+
+
+class UsageFile(RotatingFileHandler):
+    """A CSV file that begins with the names of its columns, also after a rotation."""
+
+    def _open(self) -> TextIOWrapper:
+        stream = super()._open()
+        if stream.tell() == 0:
+            stream.write(",".join(USAGE_COLUMNS) + "\n")
+        return stream
+
+    def format(self, record: logging.LogRecord) -> str:
+        row = io.StringIO()
+        facts = cast(dict[str, Any], record.msg)
+        csv.writer(row, lineterminator="").writerow(facts.get(name, "") for name in USAGE_COLUMNS)
+        return row.getvalue()
+
+
+usage_logger = logging.getLogger("usage")
 
 
 def set_up_logging() -> None:
     """Gives every line the id of its request; puts our access log in uvicorn's place.
 
-    uvicorn logs whole paths, and the path of `GET /{prompt}` is a prompt.
+    uvicorn logs whole paths, and the path of `GET /{prompt}` is a prompt. The usage log is
+    written by a thread of its own, and flushed at exit.
     """
-    handler = logging.StreamHandler()
-    handler.setFormatter(
-        logging.Formatter("%(asctime)s %(levelname)s %(name)s [%(request_id)s] %(message)s")
-    )
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(JsonLines() if settings.log_format == "json" else TextFormatter())
 
     def add_request_id(record: logging.LogRecord) -> bool:
         record.request_id = request_id.get()
@@ -174,6 +291,27 @@ def set_up_logging() -> None:
         logging.getLogger(name).setLevel(settings.log_level)
     logging.getLogger("uvicorn.access").disabled = True
     transformers_logging.disable_progress_bar()
+    usage_logger.propagate = False
+    if settings.usage_log:
+        try:
+            file = UsageFile(
+                settings.usage_log, maxBytes=settings.usage_log_max_bytes, backupCount=5
+            )
+        except OSError as error:
+            sys.exit(f"Invalid settings. USAGE_LOG: cannot be written ({error.strerror})")
+        rows: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+        usage_logger.handlers[:] = [UsageQueue(rows)]
+        usage_logger.setLevel(logging.INFO)
+        listener = QueueListener(rows, file)
+        listener.start()
+        atexit.register(listener.stop)
+
+
+class UsageQueue(QueueHandler):
+    """Leaves the record as it is: the row is written out in the other thread."""
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        return record
 
 
 set_up_logging()
@@ -356,6 +494,107 @@ try:
 except ValueError as invalid_word:
     sys.exit(f"Invalid settings. FORBIDDEN_WORDS: {invalid_word}")
 
+# --- Metrics: vLLM's names where it has the same figure, so that its dashboards carry over ------
+
+REQUEST_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+HTTP_REQUESTS = Counter(
+    "http_requests", "Answered requests, by route template.", ["method", "route", "status"]
+)
+FILTER_HITS = Counter(
+    "filter_hits", "Forbidden words found: prompts refused, texts rolled back.", ["where"]
+)
+FAILED_REQUESTS = Counter(
+    "failed_requests", "Admitted requests that ended with an error, also in a stream.", ["reason"]
+)
+QUEUE_REFUSALS = Counter("queue_refusals", "Requests refused because the queue was full.")
+RATE_LIMIT_REFUSALS = Counter("rate_limit_refusals", "Requests refused with 429.", ["limit"])
+BUILD = Info("build", "Versions of the service and of what it stands on.")
+
+
+class ModelMetrics:
+    """The figures of one served model, kept by `observe`, which its engine calls."""
+
+    RUNNING = Gauge("vllm:num_requests_running", "Sequences being generated.", ["model_name"])
+    WAITING = Gauge("vllm:num_requests_waiting", "Sequences in the queue.", ["model_name"])
+    HEALTHY = Gauge("engine_healthy", "0 while the model keeps failing.", ["model_name"])
+    SLOTS = Gauge("vllm:max_num_seqs", "Sequences that can run at once.", ["model_name"])
+    PROMPT_TOKENS = Counter("vllm:prompt_tokens", "Prompt tokens computed.", ["model_name"])
+    GENERATION_TOKENS = Counter("vllm:generation_tokens", "Tokens generated.", ["model_name"])
+    FINISHED = Counter(
+        "vllm:request_success", "Sequences finished.", ["model_name", "finished_reason"]
+    )
+    QUEUE = Histogram(
+        "vllm:request_queue_time_seconds", "Time in the queue.", ["model_name"],
+        buckets=REQUEST_SECONDS,
+    )  # fmt: skip
+    FIRST_TOKEN = Histogram(
+        "vllm:time_to_first_token_seconds", "From arrival to the first token.", ["model_name"],
+        buckets=REQUEST_SECONDS,
+    )  # fmt: skip
+    NEXT_TOKEN = Histogram(
+        "vllm:inter_token_latency_seconds", "From one token to the next.", ["model_name"],
+        buckets=TOKEN_SECONDS,
+    )  # fmt: skip
+    REQUEST = Histogram(
+        "vllm:e2e_request_latency_seconds", "From arrival to the last token.", ["model_name"],
+        buckets=REQUEST_SECONDS,
+    )  # fmt: skip
+    STEP = Histogram(
+        "vllm:iteration_tokens_total", "Tokens that go through the model in one step.",
+        ["model_name"], buckets=ROWS,
+    )  # fmt: skip
+    LOAD = Gauge("model_load_seconds", "How long the model took to load.", ["model_name"])
+    ABOUT = Gauge("model_info", "1, for every served model.", ["model_name", "dtype", "device"])
+
+    def __init__(self, name: str):
+        self.name = name
+        self.prompt_tokens = self.PROMPT_TOKENS.labels(name)
+        self.generation_tokens = self.GENERATION_TOKENS.labels(name)
+        self.queue = self.QUEUE.labels(name)
+        self.first_token = self.FIRST_TOKEN.labels(name)
+        self.next_token = self.NEXT_TOKEN.labels(name)
+        self.request = self.REQUEST.labels(name)
+        self.step = self.STEP.labels(name)
+        self.rolled_back = FILTER_HITS.labels("output")
+
+    def observe(self, stats: StepStats) -> None:
+        """Called in the engine's thread, after each step."""
+        self.step.observe(stats.num_rows)
+        self.prompt_tokens.inc(stats.num_prompt_tokens)
+        self.generation_tokens.inc(
+            len(stats.time_to_first_token_seconds) + len(stats.inter_token_seconds)
+        )
+        for histogram, seconds in (
+            (self.queue, stats.queue_seconds),
+            (self.first_token, stats.time_to_first_token_seconds),
+            (self.next_token, stats.inter_token_seconds),
+        ):
+            for each in seconds:
+                histogram.observe(each)
+        for finish_reason, request_seconds in stats.finished:
+            self.FINISHED.labels(self.name, finish_reason).inc()
+            self.request.observe(request_seconds)
+        self.rolled_back.inc(stats.num_rollbacks)
+
+    def watch(self, served: Engine, load_seconds: float) -> None:
+        """From now on a scrape reads the engine's own counts."""
+        self.RUNNING.labels(self.name).set_function(lambda: served.num_running)
+        self.WAITING.labels(self.name).set_function(lambda: served.num_waiting)
+        self.HEALTHY.labels(self.name).set_function(lambda: served.is_healthy)
+        self.SLOTS.labels(self.name).set(served.scheduler.max_num_seqs)
+        self.LOAD.labels(self.name).set(load_seconds)
+        model = served.model
+        self.ABOUT.labels(self.name, str(model.dtype), model.device.type).set(1)
+
+
+VERSION = "0.1.0"
+BUILD.info(
+    {"version": VERSION, "torch": torch.__version__, "transformers": transformers.__version__}
+)
+
 # --- Models: loaded here, at import -------------------------------------------------------------
 
 
@@ -392,10 +631,11 @@ def find_models(model_name: str) -> dict[str, str]:
     """For each model to serve, by the name it is served under, the folder or id to load."""
     sources = {}
     for entry in filter(None, (part.strip() for part in model_name.split(","))):
-        if Path(entry).is_dir():
-            sources[Path(entry).resolve().name] = entry
-        else:
-            sources[entry] = cached_folder(entry) or entry
+        is_folder = Path(entry).is_dir()
+        name = Path(entry).resolve().name if is_folder else entry
+        if name in sources:
+            sys.exit(f"Invalid settings. MODEL_NAME: names {name!r} twice")
+        sources[name] = entry if is_folder else cached_folder(entry) or entry
     return sources
 
 
@@ -406,6 +646,7 @@ def load_generator(name: str, source: str) -> tuple[Any, Engine]:
     dtypes = {"auto": native_dtype(device), "float32": torch.float32, "bfloat16": torch.bfloat16}
     dtype = torch.float32 if settings.quantization else dtypes[settings.dtype]
     loaded = pipeline("text-generation", model=source, dtype=dtype, device=device)
+    metrics = ModelMetrics(name)
     served = Engine(
         loaded.model,
         loaded.tokenizer,
@@ -415,8 +656,10 @@ def load_generator(name: str, source: str) -> tuple[Any, Engine]:
         quantization=settings.quantization,
         num_threads=settings.torch_num_threads,
         text_filter=content_filter if settings.filter_output else None,
+        on_step=metrics.observe,
     )
     seconds = time.monotonic() - started_seconds
+    metrics.watch(served, seconds)
     logger.info("loaded %s (%s, %s) in %.1f s", name, dtype, device, seconds)
     return loaded, served
 
@@ -453,6 +696,7 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+logger.info("settings: %s", settings.model_dump(mode="json"))
 torch.set_num_threads(1)  # of this thread; `Engine` tells why
 served_models = load_all(settings.model_name)
 generators = {name: loaded for name, (loaded, _) in served_models.items()}
@@ -483,20 +727,29 @@ def openai_error(
 
 
 def error_response(
-    scope: Scope, status: int, detail: Any, headers: Mapping[str, str] | None = None
+    scope: Scope,
+    status: int,
+    detail: Any,
+    headers: Mapping[str, str] | None = None,
+    code: str | None = None,
 ) -> JSONResponse:
-    """An error in the words of the route's family."""
+    """An error in the words of the route's family; code: of OpenAI's."""
     if scope["path"].startswith("/v1/"):
-        return JSONResponse(openai_error(status, detail), status, headers)
+        return JSONResponse(openai_error(status, detail, code=code), status, headers)
     return JSONResponse({"detail": detail}, status, headers)
 
 
+METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
+MAX_URL_BYTES = 16_384  # of the path and query; 500 characters, percent-encoded, take 6,000
+MAX_HEADERS_BYTES = 65_536
+
 # Stands for an encoded slash while routing: `GET /{prompt}` takes one segment, which may hold one.
-ENCODED_SLASH = "\ue000"
+# One that the path does not hold itself is taken.
+ENCODED_SLASHES = [chr(code) for code in range(0xE000, 0xF900)]
 
 
 class RequestContext:
-    """Pure ASGI middleware: the request's id, its access-log line, and the shape of a 413.
+    """Pure ASGI middleware: the request's id, its log line, its headers, the shape of a 413.
 
     Not BaseHTTPMiddleware, under which a route never hears that its client has gone.
     """
@@ -511,10 +764,14 @@ class RequestContext:
             return await self.app(scope, receive, send)
         id_ = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         id_ = scope["request_id"] = id_ if self.VALID_ID.fullmatch(id_) else uuid.uuid4().hex
-        token = request_id.set(id_)
+        request_id.set(id_)
+        facts: dict[str, Any] = {}
+        request_facts.set(facts)
         raw_path = scope.get("raw_path", b"").decode("latin-1")
         if "%2f" in raw_path.lower():
-            scope["path"] = unquote(re.sub("%2[fF]", quote(ENCODED_SLASH), raw_path))
+            slash = next(char for char in ENCODED_SLASHES if char not in scope["path"])
+            scope["encoded_slash"] = slash
+            scope["path"] = unquote(re.sub("%2[fF]", quote(slash), raw_path))
         started_seconds = time.monotonic()
         status, too_large = 0, JSONResponse(None)
 
@@ -526,7 +783,13 @@ class RequestContext:
                     detail = f"Request body is larger than {settings.max_body_bytes} bytes"
                     too_large = error_response(scope, 413, detail)
                     message["headers"] = too_large.raw_headers
-                message["headers"] = [*message["headers"], (b"x-request-id", id_.encode())]
+                message["headers"] = [
+                    *message["headers"],
+                    (b"x-request-id", id_.encode()),
+                    (b"x-content-type-options", b"nosniff"),
+                    (b"referrer-policy", b"no-referrer"),  # a path may be a prompt
+                    (b"x-frame-options", b"DENY"),
+                ]
             elif status == 413:
                 message["body"] = too_large.body
             await send(message)
@@ -534,24 +797,226 @@ class RequestContext:
         try:
             await self.app(scope, receive, send_with_id)
         finally:
-            route = getattr(scope.get("route"), "path", "-")
-            seconds = time.monotonic() - started_seconds
-            logger.info("%s %s %d %.3f s", scope["method"], route, status, seconds)
-            request_id.reset(token)
+            if facts.pop("client_gone", False):
+                status = 499
+            # Without a status the app has raised, and the outermost layer answers.
+            self.log(scope, facts, status or 500, time.monotonic() - started_seconds)
+
+    def log(self, scope: Scope, facts: dict[str, Any], status: int, seconds: float) -> None:
+        """Writes the request's log line, its row of the usage log, and counts it."""
+        route = getattr(scope.get("route"), "path", "-")
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        requests: list[EngineRequest] = facts.pop("requests", [])
+        if requests:
+            facts["generated_tokens"] = num_generated_tokens(requests)
+        waited = [r.queue_seconds for r in requests if r.queue_seconds is not None]
+        if waited:
+            facts["queue_seconds"] = round(max(waited), 4)
+        reasons: set[str] = facts.pop("finish_reasons", set())
+        if reasons:
+            facts["finish_reason"] = "+".join(sorted(reasons))
+        facts = {
+            "method": method, "route": route, "status": status, "seconds": round(seconds, 4),
+            **facts,
+        }  # fmt: skip
+        logger.info("%s %s", method, route, extra={"facts": facts})
+        HTTP_REQUESTS.labels(method, route, status).inc()
+        if requests and settings.usage_log:
+            now = datetime.now(UTC).isoformat(timespec="milliseconds")
+            usage_logger.info({"time": now, "request_id": scope["request_id"], **facts})
+
+
+def read_api_keys() -> dict[bytes, str]:
+    """The name of every API key, by the key's digest; empty: no key is needed."""
+    entries = (settings.api_keys.get_secret_value() if settings.api_keys else "").split(",")
+    if settings.api_keys_file:
+        entries += settings.api_keys_file.read_text().splitlines()
+    names = {}
+    for number, entry in enumerate(filter(None, map(str.strip, entries)), start=1):
+        name, colon, key = (part.strip() for part in entry.rpartition(":"))
+        if not key:  # else everybody who sends none would have it
+            sys.exit(f"Invalid settings. API_KEYS: entry {number} has a name and no key")
+        names[digest(key)] = name if colon else f"key-{number}"
+    if (settings.api_keys or settings.api_keys_file) and not names:
+        sys.exit("Invalid settings. API_KEYS: holds no key")
+    return names
+
+
+def digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+class Gate:
+    """Pure ASGI middleware: who may pass. Size of the head, API key, drain, rate limits.
+
+    Everything needs a key but OPEN_PATHS, so that a new route is never open by accident.
+    """
+
+    OPEN_PATHS = frozenset({"/", "/health", "/ready"})
+
+    def __init__(self, app: ASGIApp, key_names: dict[bytes, str]):
+        self.app = app
+        self.key_names = key_names
+        self.limiter = FixedWindowRateLimiter(MemoryStorage())
+        self.limits = {
+            name: RateLimitItemPerMinute(amount)
+            for name, amount in (
+                ("requests", settings.rate_limit),
+                ("tokens", settings.token_rate_limit),
+            )
+            if amount
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        refusal, limit_headers = await self.admit(scope)
+        if refusal:
+            refusal.headers.update(limit_headers)
+            return await refusal(scope, receive, send)
+
+        async def send_with_limits(message: Message) -> None:
+            if message["type"] == "http.response.start" and limit_headers:
+                MutableHeaders(scope=message).update(limit_headers)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_limits)
+        finally:
+            # Also what was generated for a client that has gone.
+            requests = (request_facts.get() or {}).get("requests", [])
+            if "tokens" in self.limits and (cost := num_generated_tokens(requests)):
+                identity = scope["client_identity"]
+                await self.limiter.hit(self.limits["tokens"], "tokens", identity, cost=cost)
+
+    async def admit(self, scope: Scope) -> tuple[Response | None, dict[str, str]]:
+        """The refusal, if it is one, and the headers that tell of rate limits."""
+        if len(scope["raw_path"]) + len(scope["query_string"]) > MAX_URL_BYTES:
+            return error_response(scope, 414, f"URL is longer than {MAX_URL_BYTES} bytes"), {}
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADERS_BYTES:
+            return error_response(scope, 431, f"Headers exceed {MAX_HEADERS_BYTES} bytes"), {}
+        path = scope["path"]
+        if path in self.OPEN_PATHS:
+            return None, {}
+        is_metrics = path == "/metrics"
+        identity = f"address {scope['client'][0]}" if scope.get("client") else "unknown"
+        if self.key_names and not (is_metrics and not settings.metrics_need_key):
+            name = self.key_name(Headers(scope=scope))
+            if name is None:
+                headers = {"WWW-Authenticate": "Bearer"}
+                detail = "An API key is needed: Authorization: Bearer <key>, or X-API-Key"
+                return error_response(scope, 401, detail, headers, "invalid_api_key"), {}
+            identity = f"key {name}"
+            note(key=name)
+        scope["client_identity"] = identity
+        if is_metrics:
+            return None, {}
+        if drain.has_begun:
+            headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
+            return error_response(scope, 503, STOPPING, headers), {}
+        return await self.limit(scope, identity)
+
+    def key_name(self, headers: Headers) -> str | None:
+        """The name of the key that the request brings, compared in constant time."""
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        sent = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        sent_digest, found = digest(sent), None
+        for known, name in self.key_names.items():
+            if hmac.compare_digest(known, sent_digest):
+                found = name
+        return found
+
+    async def limit(self, scope: Scope, identity: str) -> tuple[Response | None, dict[str, str]]:
+        headers: dict[str, str] = {}
+        refused = None
+        for name, limit in self.limits.items():
+            if name == "requests":  # counted now; tokens are once they are made
+                is_within = await self.limiter.hit(limit, name, identity)
+            else:
+                is_within = await self.limiter.test(limit, name, identity)
+            window = await self.limiter.get_window_stats(limit, name, identity)
+            wait_seconds = max(1, math.ceil(window.reset_time - time.time()))
+            headers[f"X-RateLimit-Limit-{name.title()}"] = str(limit.amount)
+            headers[f"X-RateLimit-Remaining-{name.title()}"] = str(max(0, window.remaining))
+            headers[f"X-RateLimit-Reset-{name.title()}"] = str(wait_seconds)
+            if not is_within and not refused:
+                RATE_LIMIT_REFUSALS.labels(name).inc()
+                refused = error_response(
+                    scope,
+                    429,
+                    f"Over the limit of {limit.amount} {name} a minute",
+                    {"Retry-After": str(wait_seconds)},
+                    "rate_limit_exceeded",
+                )
+        return refused, headers
+
+
+class Drain:
+    """From the first SIGTERM or SIGINT on: `/ready` says no, new work is refused, running work
+    ends, or is ended after DRAIN_TIMEOUT_SECONDS; then the server exits. A second signal ends
+    it at once."""
+
+    def __init__(self) -> None:
+        self.has_begun = False
+        self.task: asyncio.Task[None] | None = None
+
+    def listen(self) -> None:
+        """Puts itself before the server's own handlers, which would close the listening socket
+        first and leave the process with the signal as its exit status."""
+        if threading.current_thread() is not threading.main_thread():
+            return  # under a test client: no signals there
+        for number in (signal.SIGTERM, signal.SIGINT):
+            server = getattr(signal.getsignal(number), "__self__", None)
+            if isinstance(server, uvicorn.Server):
+                begin = partial(self.begin, asyncio.get_running_loop(), server)
+                signal.signal(number, begin)
+
+    def begin(
+        self, loop: asyncio.AbstractEventLoop, server: uvicorn.Server, number: int, _: Any
+    ) -> None:
+        if self.has_begun:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.has_begun = True
+
+        def start() -> None:
+            self.task = loop.create_task(self.finish(server))
+
+        loop.call_soon_threadsafe(start)
+
+    async def finish(self, server: uvicorn.Server) -> None:
+        logger.info("stopping: %d sequences are left", num_unfinished())
+        deadline_seconds = time.monotonic() + settings.drain_timeout_seconds
+        while num_unfinished() and time.monotonic() < deadline_seconds:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+        await stop_engines()
+        server.should_exit = True
+
+
+def num_unfinished() -> int:
+    return sum(each.num_running + each.num_waiting for each in engines.values())
+
+
+async def stop_engines() -> None:
+    """Whatever they still hold ends with EngineStoppedError."""
+    await asyncio.gather(*(asyncio.to_thread(each.stop) for each in engines.values()))
+
+
+drain = Drain()
 
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+    drain.listen()
     for each in engines.values():
         each.start()
     yield
-    for each in engines.values():
-        await asyncio.to_thread(each.stop)
+    await stop_engines()
 
 
 app = FastAPIOffline(
     title="GPT-2 text generation",
-    version="0.1.0",
+    version=VERSION,
     description="Text generation with GPT-2-class language models. "
     "Generated text can be wrong or offensive; check it before you use it.",
     lifespan=lifespan,
@@ -559,6 +1024,20 @@ app = FastAPIOffline(
     redirect_slashes=False,
 )
 app.add_middleware(RequestBodyLimitMiddleware, max_body_size=settings.max_body_bytes)
+app.add_middleware(Gate, key_names=read_api_keys())
+if settings.cors_origins:
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=[origin.strip() for origin in settings.cors_origins.split(",")],
+        allow_methods=["GET", "POST"],
+        allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
+        expose_headers=["X-Request-ID", "Retry-After"]
+        + [
+            f"X-RateLimit-{what}-{of}"
+            for what in ("Limit", "Remaining", "Reset")
+            for of in ("Requests", "Tokens")
+        ],
+    )
 app.add_middleware(RequestContext)
 
 # --- Errors -------------------------------------------------------------------------------------
@@ -597,11 +1076,20 @@ async def refuse_invalid(http: Request, error: RequestValidationError) -> JSONRe
 async def report_refusal(http: Request, error: StarletteHTTPException) -> JSONResponse:
     if isinstance(error, OpenAIError):
         return JSONResponse(error.body, error.status_code, error.headers)
-    return error_response(http.scope, error.status_code, error.detail, error.headers)
+    if error.status_code == 400 and error.detail == "There was an error parsing the body":
+        return await refuse_invalid(http, invalid("body", msg="not valid JSON"))
+    headers = dict(error.headers or {})
+    if error.status_code == 405:  # of all routes on this path, not of the first alone
+        routes = [route for route in app.routes if isinstance(route, Route)]
+        path = next(route.path for route in routes if route.path_regex.match(http.scope["path"]))
+        methods = {m for route in routes if route.path == path for m in route.methods or ()}
+        headers["Allow"] = ", ".join(sorted(methods))
+    return error_response(http.scope, error.status_code, error.detail, headers)
 
 
 @app.exception_handler(QueueFullError)
 async def refuse_overload(http: Request, error: QueueFullError) -> JSONResponse:
+    QUEUE_REFUSALS.inc()
     headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
     return error_response(http.scope, 503, OVERLOADED, headers)
 
@@ -635,11 +1123,15 @@ async def report_unexpected(http: Request, error: Exception) -> JSONResponse:
 
 
 def describe(error: Exception) -> str:
-    """What a client is told of an error that ended its request; the cause is in the log."""
+    """What a client is told of an error that ended its request, which is counted here; the
+    cause is in the log."""
     if isinstance(error, TimeoutError):
+        FAILED_REQUESTS.labels("timeout").inc()
         return f"The request took longer than {settings.request_timeout_seconds:g} seconds"
     if isinstance(error, EngineStoppedError):
+        FAILED_REQUESTS.labels("stopping").inc()
         return STOPPING
+    FAILED_REQUESTS.labels("inference").inc()
     return "Model inference failed"
 
 
@@ -701,7 +1193,10 @@ def submit(
     Raises HTTPException 400 for a forbidden prompt, RequestValidationError for one that
     does not fit, QueueFullError.
     """
+    if settings.log_prompts:
+        note(prompt=prompt)
     if content_filter.find(prompt):
+        FILTER_HITS.labels("prompt").inc()
         raise HTTPException(400, FORBIDDEN_PROMPT)
     tokenizer, chosen = generators[model_name].tokenizer, engines[model_name]
     if is_chat and tokenizer.chat_template:
@@ -710,6 +1205,10 @@ def submit(
         encoding = tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False)
     else:
         encoding = tokenizer.backend_tokenizer.encode(prompt)
+    # The model reads past a special token in the middle of a word.
+    if content_filter.find(tokenizer.decode(encoding.ids, skip_special_tokens=True)):
+        FILTER_HITS.labels("prompt").inc()
+        raise HTTPException(400, FORBIDDEN_PROMPT)
     if body.top_k > tokenizer.vocab_size:
         raise invalid(
             source, "top_k", msg=f"Input should be less than or equal to {tokenizer.vocab_size}"
@@ -722,7 +1221,29 @@ def submit(
         seed=body.seed,
         stop=tuple(body.stop),
     )
-    return chosen.submit(encoding.ids, params, num_sequences=num_sequences, streams=streams)
+    request = chosen.submit(encoding.ids, params, num_sequences=num_sequences, streams=streams)
+    note_submitted(model_name, [request])
+    return request
+
+
+def note_submitted(model_name: str, requests: list[EngineRequest]) -> None:
+    """Puts a request's model and prompts down for its log line."""
+    facts = request_facts.get()
+    if facts is not None:
+        known: list[EngineRequest] = facts.setdefault("requests", [])
+        known += requests
+        facts["model"] = f"{facts['model']},{model_name}" if "model" in facts else model_name
+        facts["prompt_tokens"] = sum(len(request.prompt_token_ids) for request in known)
+
+
+def num_generated_tokens(requests: list[EngineRequest]) -> int:
+    return sum(request.num_generated_tokens for request in requests)
+
+
+def note_finished(delta: Delta) -> None:
+    facts = request_facts.get()
+    if facts is not None and delta.finish_reason:
+        facts.setdefault("finish_reasons", set()).add(delta.finish_reason)
 
 
 async def client_gone(receive: Receive) -> None:
@@ -748,10 +1269,14 @@ async def complete(
             await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
         if not finished.done():
             raise ClientGoneError
-        return finished.result()
+        for deltas in (answers := finished.result()):
+            for delta in deltas:
+                note_finished(delta)
+        return answers
     finally:
         gone.cancel()
         finished.cancel()
+        finished.add_done_callback(lambda _: finished.cancelled() or finished.exception())
         for name, requests in submitted:
             engines[name].abort(*requests)
 
@@ -765,7 +1290,12 @@ async def deltas_in_time(model_name: str, *requests: EngineRequest) -> AsyncGene
                 delta = await anext(deltas, None)
             if delta is None:
                 return
+            note_finished(delta)
             yield delta
+
+
+class BrokenOffError(Exception):
+    """Ends a stream without its proper end."""
 
 
 class GenerationStream(Response):
@@ -791,8 +1321,12 @@ class GenerationStream(Response):
             await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
                 pinging.cancel()
+                if isinstance(sending.exception(), BrokenOffError):
+                    return
                 sending.result()
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
+            else:
+                note(client_gone=True)
         finally:
             gone.cancel()
             pinging.cancel()
@@ -814,7 +1348,7 @@ class GenerationStream(Response):
 def event(content: dict[str, Any], name: str | None = None) -> str:
     """One server-sent event (WHATWG HTML, section 9.2)."""
     prefix = f"event: {name}\n" if name else ""
-    return f"{prefix}data: {json.dumps(content, ensure_ascii=False)}\n\n"
+    return f"{prefix}data: {json.dumps(content)}\n\n"
 
 
 async def generate_events(
@@ -842,7 +1376,7 @@ async def generate_plain(model_name: str, request: EngineRequest) -> AsyncGenera
                 yield delta.text
     except (TimeoutError, InferenceError, EngineStoppedError) as error:
         yield f"\n[{describe(error)}]\n"
-        raise
+        raise BrokenOffError from error
 
 
 # --- Routes -------------------------------------------------------------------------------------
@@ -884,6 +1418,7 @@ GREETING = """<!doctype html>
 """
 
 
+@app.head("/", include_in_schema=False)
 @app.get("/", response_model=models.Health, tags=["service"])
 async def root(http: Request) -> Any:
     """A page for browsers (`Accept: text/html`), `{"health": "ok"}` for everything else."""
@@ -892,12 +1427,20 @@ async def root(http: Request) -> Any:
     return {"health": "ok"}
 
 
+@app.get("/metrics", response_class=Response, tags=["service"])
+async def metrics() -> Response:
+    """Prometheus text; vLLM's names where it has the same figure."""
+    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+
+@app.head("/health", include_in_schema=False)
 @app.get("/health", response_model=models.Health, tags=["service"])
 async def health() -> Any:
     """Liveness: 200 while the process can answer."""
     return {"health": "ok"}
 
 
+@app.head("/ready", include_in_schema=False)
 @app.get(
     "/ready",
     response_model=models.Readiness,
@@ -912,6 +1455,8 @@ async def ready() -> Any:
             status = f"the engine of {name} keeps failing"
         elif each.is_full:
             status = f"the queue of {name} is full"
+    if drain.has_begun:
+        status = "draining"
     content = {"status": status, "model_names": list(engines)}
     return JSONResponse(content, 200 if status == "ready" else 503)
 
@@ -998,8 +1543,13 @@ def openai_model(model: str | None) -> str:
     return model or default_model_name
 
 
-def check_prompt(text: str, num_tokens: int, max_tokens: int, context_tokens: int) -> None:
-    """Raises OpenAIError 400 for a prompt that is too long, empty or forbidden."""
+@cache
+def longest_token_characters(model_name: str) -> int:
+    return max(map(len, generators[model_name].tokenizer.get_vocab()))
+
+
+def check_length(num_tokens: int, max_tokens: int, context_tokens: int) -> None:
+    """Raises OpenAIError 400 for a prompt that is empty or too long."""
     if num_tokens == 0:
         raise OpenAIError(400, "prompt: must hold at least one token", param="prompt")
     if num_tokens + max_tokens > context_tokens:
@@ -1011,8 +1561,26 @@ def check_prompt(text: str, num_tokens: int, max_tokens: int, context_tokens: in
             param="prompt",
             code="context_length_exceeded",
         )
-    if content_filter.find(text):
-        raise OpenAIError(400, FORBIDDEN_PROMPT, param="prompt", code="content_filter")
+
+
+def encode(model_name: str, text: str, max_tokens: int, **options: bool) -> list[int]:
+    """The token ids of text. Raises OpenAIError 400, and does so without encoding it when it is
+    too long by its characters alone: a megabyte would hold everybody up for a second."""
+    context_tokens = engines[model_name].max_model_len
+    at_least = math.ceil(len(text) / longest_token_characters(model_name))
+    if at_least > context_tokens:
+        check_length(at_least, max_tokens, context_tokens)
+    encoding = generators[model_name].tokenizer.backend_tokenizer.encode(text, **options)
+    token_ids: list[int] = encoding.ids
+    check_length(len(token_ids), max_tokens, context_tokens)
+    return token_ids
+
+
+def refuse_forbidden(*texts: str, param: str) -> None:
+    """Raises OpenAIError 400."""
+    if any(map(content_filter.find, texts)):
+        FILTER_HITS.labels("prompt").inc()
+        raise OpenAIError(400, FORBIDDEN_PROMPT, param=param, code="content_filter")
 
 
 def completion_prompts(
@@ -1025,16 +1593,22 @@ def completion_prompts(
     if len(prompts) > settings.max_queue_size:
         message = f"prompt: at most {settings.max_queue_size} in one request"
         raise OpenAIError(400, message, param="prompt")
-    prompt_texts, prompts_token_ids = [], []
+    prompt_texts: list[str] = []
+    prompts_token_ids: list[list[int]] = []
     for prompt in prompts:
         if isinstance(prompt, str):
-            text, token_ids = prompt, tokenizer.backend_tokenizer.encode(prompt).ids
+            text, token_ids = prompt, encode(model_name, prompt, body.max_tokens)
         elif max(prompt) >= chosen.vocab_size:
             message = f"prompt: token ids go up to {chosen.vocab_size - 1}"
             raise OpenAIError(400, message, param="prompt")
         else:
-            text, token_ids = tokenizer.decode(prompt, skip_special_tokens=True), prompt
-        check_prompt(text, len(token_ids), body.max_tokens, chosen.max_model_len)
+            check_length(len(prompt), body.max_tokens, chosen.max_model_len)
+            text, token_ids = tokenizer.decode(prompt), prompt
+        if settings.log_prompts:
+            note(prompt=[*prompt_texts, text])
+        # Also as the model reads it, past a special token in the middle of a word.
+        read = tokenizer.decode(token_ids, skip_special_tokens=True)
+        refuse_forbidden(text, read, param="prompt")
         prompt_texts.append(text)
         prompts_token_ids.append(token_ids)
     return prompt_texts, prompts_token_ids
@@ -1046,9 +1620,9 @@ def chat_prompt(model_name: str, body: models.ChatCompletionRequest) -> list[int
     if not tokenizer.chat_template:
         message = f"{model_name} has no chat template: use /v1/completions"
         raise OpenAIError(400, message, param="model")
-    for message_ in body.messages:
-        if content_filter.find(message_.text):
-            raise OpenAIError(400, FORBIDDEN_PROMPT, param="messages", code="content_filter")
+    if settings.log_prompts:
+        note(prompt=[message.text for message in body.messages])
+    max_tokens = body.max_completion_tokens or body.max_tokens or 1
     try:
         text = tokenizer.apply_chat_template(
             [
@@ -1061,9 +1635,9 @@ def chat_prompt(model_name: str, body: models.ChatCompletionRequest) -> list[int
     except TemplateError:
         message = "messages: the model's chat template does not take these roles in this order"
         raise OpenAIError(400, message, param="messages") from None
-    token_ids: list[int] = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-    max_tokens = body.max_completion_tokens or body.max_tokens or 1
-    check_prompt("", len(token_ids), max_tokens, engines[model_name].max_model_len)
+    token_ids = encode(model_name, text, max_tokens, add_special_tokens=False)
+    read = tokenizer.decode(token_ids, skip_special_tokens=True)
+    refuse_forbidden(*(message.text for message in body.messages), read, param="messages")
     return token_ids
 
 
@@ -1127,26 +1701,60 @@ def token_string(model_name: str, token_id: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
+@lru_cache(maxsize=1 << 16)
+def is_forbidden(model_name: str, token_id: int) -> bool:
+    """Whether a token alone holds a forbidden word, and generated text is filtered."""
+    text = token_bytes(model_name, token_id).decode(errors="replace")
+    return settings.filter_output and content_filter.find(text) is not None
+
+
 class Choice:
-    """The tokens of one choice in OpenAI's form: every one that was generated, also those of a
-    stop string and of the end of the text, so that they are as many as the usage says."""
+    """The tokens of one choice in OpenAI's form. Those that reach beyond the text, into a stop
+    string, are left out, as what they say is unfiltered; the end-of-text token is not."""
 
     def __init__(self, model_name: str):
         self.model_name = model_name
+        self.special_ids = set(generators[model_name].tokenizer.all_special_ids)
+        self.num_characters = 0  # of text so far
         self.offset = 0  # where in the text the next token begins
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def text_offset(self, token_id: int) -> int:
+    def text_offset(self, token_id: int, is_prompt: bool = False) -> int:
         """Where in the text this token begins, in characters; called for each in turn."""
         start = self.offset
-        if token_id not in generators[self.model_name].tokenizer.all_special_ids:
+        if is_prompt or token_id not in self.special_ids:
             self.offset += len(self.decoder.decode(token_bytes(self.model_name, token_id)))
         return start
 
+    def kept(self, delta: Delta) -> list[TokenLogprobs]:
+        """The delta's tokens that end within the text."""
+        self.num_characters += len(delta.text)
+        if delta.finish_reason != "stop":
+            return delta.logprobs
+        decoder, end, kept = copy.deepcopy(self.decoder), self.offset, []
+        for token in delta.logprobs:
+            if token.token_id not in self.special_ids:
+                end += len(decoder.decode(token_bytes(self.model_name, token.token_id)))
+            if end > self.num_characters:
+                break
+            kept.append(token)
+        return kept
+
     def completion_logprobs(
-        self, tokens: list[TokenLogprobs], first_token_id: int | None
+        self, delta: Delta, prompt: tuple[str, EngineRequest] | None
     ) -> dict[str, Any]:
-        """first_token_id: of an echoed prompt, which has no probability."""
+        """prompt: one to be echoed; its first token has no probability."""
+        tokens, token_ids, offsets = [], [], []
+        first_token_id = None
+        if prompt:
+            text, request = prompt
+            self.num_characters += len(text)
+            tokens += request.prompt_logprobs or []
+            first_token_id = request.prompt_token_ids[0]
+            offsets = [self.text_offset(id_, is_prompt=True) for id_ in request.prompt_token_ids]
+        generated = self.kept(delta)
+        offsets += [self.text_offset(token.token_id) for token in generated]
+        tokens += generated
         token_ids = [token.token_id for token in tokens]
         token_logprobs: list[float | None] = [token.logprob for token in tokens]
         top: list[dict[str, float] | None] = [self.top(token) for token in tokens]
@@ -1158,15 +1766,19 @@ class Choice:
             "tokens": [token_string(self.model_name, token_id) for token_id in token_ids],
             "token_logprobs": token_logprobs,
             "top_logprobs": top,
-            "text_offset": [self.text_offset(token_id) for token_id in token_ids],
+            "text_offset": offsets,
         }
 
     def top(self, token: TokenLogprobs) -> dict[str, float]:
         """The likeliest tokens and the token itself, each once."""
-        likeliest = [*token.top, (token.token_id, token.logprob)]
+        likeliest = [*self.alternatives(token), (token.token_id, token.logprob)]
         return {token_string(self.model_name, id_): logprob for id_, logprob in likeliest}
 
-    def chat_logprobs(self, tokens: list[TokenLogprobs]) -> dict[str, Any]:
+    def alternatives(self, token: TokenLogprobs) -> list[tuple[int, float]]:
+        """The likeliest tokens without those that are forbidden words."""
+        return [(id_, lp) for id_, lp in token.top if not is_forbidden(self.model_name, id_)]
+
+    def chat_logprobs(self, delta: Delta) -> dict[str, Any]:
         def written(token_id: int, logprob: float) -> dict[str, Any]:
             return {
                 "token": token_string(self.model_name, token_id),
@@ -1176,8 +1788,8 @@ class Choice:
 
         content = [
             written(token.token_id, token.logprob)
-            | {"top_logprobs": [written(*alternative) for alternative in token.top]}
-            for token in tokens
+            | {"top_logprobs": [written(*each) for each in self.alternatives(token)]}
+            for token in self.kept(delta)
         ]
         return {"content": content, "refusal": None}
 
@@ -1278,18 +1890,16 @@ class CompletionAnswer(Answer):
         self.prompt_texts = prompt_texts
 
     def choice(self, delta: Delta, is_first: bool = True) -> dict[str, Any]:
-        text, tokens, first_token_id = delta.text, delta.logprobs, None
+        text, prompt = delta.text, None
         if self.body.echo and is_first:
             at = delta.index // self.requests[0].num_sequences
-            request = self.requests[at]
-            tokens = [*(request.prompt_logprobs or ()), *tokens]
+            prompt = (self.prompt_texts[at], self.requests[at])
             text = self.prompt_texts[at] + text
-            first_token_id = request.prompt_token_ids[0]
         written = self.choices[delta.index].completion_logprobs
         return {
             "index": delta.index,
             "text": text,
-            "logprobs": None if self.body.logprobs is None else written(tokens, first_token_id),
+            "logprobs": None if self.body.logprobs is None else written(delta, prompt),
             "finish_reason": delta.finish_reason,
         }
 
@@ -1325,7 +1935,7 @@ class ChatAnswer(Answer):
         written = self.choices[delta.index].chat_logprobs
         return {
             "index": delta.index,
-            "logprobs": written(delta.logprobs) if self.body.logprobs else None,
+            "logprobs": written(delta) if self.body.logprobs else None,
             "finish_reason": delta.finish_reason,
         }
 
@@ -1391,6 +2001,7 @@ async def create_completion(http: Request, body: models.CompletionRequest) -> An
     requests = engines[name].submit_all(
         prompts, params, num_sequences=num_drawn, streams=body.stream
     )
+    note_submitted(name, requests)
     return await CompletionAnswer(name, body, requests, prompt_texts).response(http)
 
 
@@ -1417,6 +2028,7 @@ async def create_chat_completion(http: Request, body: models.ChatCompletionReque
     )
     params = openai_params(name, body, max_tokens, body.top_logprobs if body.logprobs else None)
     request = engines[name].submit(prompt, params, num_sequences=body.n, streams=body.stream)
+    note_submitted(name, [request])
     return await ChatAnswer(name, body, [request]).response(http)
 
 
@@ -1442,9 +2054,10 @@ async def list_models() -> Any:
     responses={404: OPENAI_ERRORS[404], "4XX": OPENAI_ERRORS["4XX"]},
     tags=["openai"],
 )
-async def retrieve_model(model_id: str) -> Any:
+async def retrieve_model(http: Request, model_id: str) -> Any:
     """One served model."""
-    return describe_model(openai_model(model_id.replace(ENCODED_SLASH, "/")))
+    model_id = model_id.replace(http.scope.get("encoded_slash", "/"), "/")
+    return describe_model(openai_model(model_id))
 
 
 # What browsers and crawlers ask for by themselves.
@@ -1469,9 +2082,31 @@ async def generate_from_path(
     """Continues the URL-encoded path: `/Once%20upon%20a%20time?max_new_tokens=50`."""
     if NOT_A_PROMPT.fullmatch(prompt):
         raise HTTPException(404, "Not Found")
-    prompt = prompt.replace(ENCODED_SLASH, "/")
+    prompt = prompt.replace(http.scope.get("encoded_slash", "/"), "/")
     name = served_name(query.model)
     request = submit(name, prompt, query, source="query", num_sequences=query.num_return_sequences)
     (deltas,) = await complete(http, [(name, [request])])
     response.headers["Cache-Control"] = "no-store"
     return {"generated_sequences": [prompt + delta.text for delta in deltas]}
+
+
+# --- The OpenAPI document -----------------------------------------------------------------------
+
+
+def openapi() -> dict[str, Any]:
+    """FastAPI's document, in which `top_k` ends at the vocabulary, as it does in fact."""
+    if not app.openapi_schema:
+        document = FastAPI.openapi(app)
+        vocab_size = min(each.vocab_size for each in engines.values())
+        fields = [s.get("properties", {}) for s in document["components"]["schemas"].values()]
+        for operations in document["paths"].values():
+            for operation in operations.values():
+                parameters = operation.get("parameters", ())
+                fields.append({each["name"]: each["schema"] for each in parameters})
+        for each in fields:
+            if "top_k" in each:
+                each["top_k"]["maximum"] = vocab_size
+    return app.openapi_schema or {}
+
+
+app.openapi = openapi  # type: ignore[method-assign]

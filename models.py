@@ -23,7 +23,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 MAX_PROMPT_CHARACTERS = 500
-MAX_SEED = 2**63 - 1
+SEED_LIMIT = 2**63  # exclusive: it is exact as a float, which OpenAPI makes of it
 
 
 def _plain_text(text: str) -> str:
@@ -51,6 +51,12 @@ Prompt = Annotated[
 ]
 StopString = Annotated[
     str, StringConstraints(min_length=1, max_length=100), AfterValidator(_plain_text)
+]
+
+
+_UpToFour = Annotated[list[StopString], Field(max_length=4)]
+StopStrings = Annotated[
+    _UpToFour, BeforeValidator(_one_or_more, json_schema_input_type=StopString | _UpToFour)
 ]
 
 
@@ -115,13 +121,12 @@ class SamplingParams(_Strict):
     seed: int | None = Field(
         default=None,
         ge=0,
-        le=MAX_SEED,
+        lt=SEED_LIMIT,
         description="The same seed, prompt and parameters give the same text.",
         examples=[42],
     )
-    stop: Annotated[list[StopString], BeforeValidator(_one_or_more)] = Field(
+    stop: StopStrings = Field(
         default=[],
-        max_length=4,
         description="Up to four strings; the text ends before the first of them.",
         examples=[["\n\n"]],
     )
@@ -303,7 +308,18 @@ CompletionPrompt = Annotated[
 ]  # fmt: skip
 
 
-class StreamOptions(_Strict):
+class _NullsLeftOut(_Strict):
+    """A null field counts as left out, as in OpenAI's own API."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        return {name: value for name, value in body.items() if value is not None}
+
+
+class StreamOptions(_NullsLeftOut):
     include_usage: bool = Field(
         default=False, description="Send the usage in a last event of its own."
     )
@@ -311,9 +327,9 @@ class StreamOptions(_Strict):
     include_obfuscation: bool = Field(default=False, description="Accepted, ignored.")
 
 
-class _OpenAIRequest(ModelChoice, SamplingParams):
-    """What both `/v1` generation routes take. A null field counts as left out, as in OpenAI's
-    own API; so do fields of OpenAI's that change nothing here, like `user` and `store`."""
+class _OpenAIRequest(_NullsLeftOut, ModelChoice, SamplingParams):
+    """What both `/v1` generation routes take. Fields of OpenAI's that change nothing here, like
+    `user` and `store`, count as left out."""
 
     top_p: TopP = 1.0
     top_k: TopK = 0
@@ -326,7 +342,7 @@ class _OpenAIRequest(ModelChoice, SamplingParams):
     )
     repetition_penalty: float = Field(
         default=1,
-        gt=0,
+        ge=0.01,
         le=2,
         description="Above 1: tokens of prompt and text become less likely (CTRL's formula).",
     )
@@ -339,13 +355,13 @@ class _OpenAIRequest(ModelChoice, SamplingParams):
     min_tokens: int = Field(default=0, ge=0, description="No end before so many tokens.")
     ignore_eos: bool = Field(default=False, description="Generate past the end of the text.")
     logit_bias: dict[
-        Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")],
+        Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,8})$")],
         Annotated[float, Field(ge=-100, le=100)],
     ] = Field(
         default={},
         max_length=1024,
         description="Added to the logits of these token ids; -100 all but bans.",
-        examples=[{"50256": -100}],
+        examples=[{"11": -100}],
     )
     stream: bool = Field(default=False, description="Send chunks as server-sent events.")
     stream_options: StreamOptions = StreamOptions()
@@ -356,13 +372,12 @@ class _OpenAIRequest(ModelChoice, SamplingParams):
     def _drop_what_changes_nothing(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
-        kept = {name: value for name, value in body.items() if value is not None}
-        for name in kept.keys() & UNSUPPORTED_FIELDS.keys():
-            if kept[name] not in UNSUPPORTED_FIELDS[name]:
+        for name in body.keys() & UNSUPPORTED_FIELDS.keys():
+            if body[name] is not None and body[name] not in UNSUPPORTED_FIELDS[name]:
                 raise PydanticCustomError("unsupported", "not supported", {"param": name})
         return {
             name: value
-            for name, value in kept.items()
+            for name, value in body.items()
             if name not in IGNORED_FIELDS and name not in UNSUPPORTED_FIELDS
         }
 
@@ -404,7 +419,7 @@ class TextPart(_Strict):
     text: Text
 
 
-class ChatMessage(_Strict):
+class ChatMessage(_NullsLeftOut):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
         Text | list[TextPart], _in_one_message("must be a string or a list of text parts")

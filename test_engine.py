@@ -219,7 +219,7 @@ def test_scheduler_full_queue_refuses_at_once_and_queues_nothing() -> None:
     with pytest.raises(QueueFullError):
         scheduler.add(sequences(count=2))
     assert len(scheduler.waiting) == 6
-    assert scheduler.num_waiting_requests == 2
+    assert scheduler.num_waiting_requests() == 2
 
 
 def test_scheduler_accepts_again_after_admission() -> None:
@@ -227,7 +227,17 @@ def test_scheduler_accepts_again_after_admission() -> None:
     scheduler.add(sequences())
     scheduler.schedule()
     scheduler.add(sequences())
-    assert scheduler.num_waiting_requests == 1
+    assert scheduler.num_waiting_requests() == 1
+
+
+def test_scheduler_free_places_are_no_queue() -> None:
+    """A burst was refused although there were places for it."""
+    scheduler = Scheduler(max_num_seqs=3, max_queue_size=1)
+    for _ in range(4):
+        scheduler.add(sequences())
+    with pytest.raises(QueueFullError):
+        scheduler.add(sequences())
+    assert len(scheduler.waiting) == 4
 
 
 def test_scheduler_short_prompts_join_together() -> None:
@@ -763,6 +773,20 @@ def test_stop_string_before_min_tokens_stays_uncounted(engine: Engine, streams: 
 
 
 # --- UTF-8 --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", ["Once upon \ufffd", "\ufffd", "Once upon 🦊"])
+def test_prompt_that_ends_in_half_a_character_is_not_repeated(engine: Engine, prompt: str) -> None:
+    """The decoder gave its whole context out with the first token."""
+    whole = ids(prompt)
+    (king,) = ids(" king")
+    params = SamplingParams(temperature=0, max_new_tokens=2, logit_bias={king: 1e5})
+
+    async def complete(token_ids: list[int]) -> str:
+        return (await engine.complete(engine.submit(token_ids, params)))[0].text
+
+    texts = run(complete(whole), complete(whole[:-1] or whole))
+    assert [text.lstrip("\ufffd") for text in texts] == [" king king"] * 2
 
 
 def byte_tokens(text: str) -> list[int]:

@@ -82,8 +82,8 @@ def test_settings_empty_variable_counts_as_unset(tmp_path: Path) -> None:
     environment = {"MODEL_NAME": "", "MAX_NUM_SEQS": "", "HF_HOME": str(tmp_path)}
     started = start(**environment, HF_HUB_OFFLINE="1")
     assert started.returncode == 0, started.stderr
-    assert json.loads(started.stdout)["max_num_seqs"] == 64
-    assert "serving gpt2-tales, the small bundled model" in started.stderr
+    assert json.loads(started.stdout.splitlines()[-1])["max_num_seqs"] == 64
+    assert "serving gpt2-tales, the small bundled model" in started.stdout
 
 
 def test_settings_are_all_in_the_readme() -> None:
@@ -168,7 +168,12 @@ def test_client_works_with_lifespan() -> None:
         "print(main.engine.is_healthy)"
     )
     ran = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"LOG_LEVEL": "ERROR"},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert ran.stdout.split() == ["200", "False"], ran.stderr
 
@@ -189,8 +194,8 @@ def test_log_names_the_route_and_never_the_prompt(caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.DEBUG):
         client.get("/Sesame?max_new_tokens=1")
         post({"prompt": "Sesame", "max_new_tokens": 1, "unknown": "Sesame"})
-    assert "GET /{prompt} 200" in caplog.text
-    assert "POST /generate 422" in caplog.text
+    facts = [record.facts for record in caplog.records if hasattr(record, "facts")]
+    assert [(f["route"], f["status"]) for f in facts] == [("/{prompt}", 200), ("/generate", 422)]
     ours = [r.getMessage() for r in caplog.records if r.name in ("service", "engine")]
     assert not [line for line in ours if "Sesame" in line]
 
@@ -418,7 +423,7 @@ def test_invalid_field_is_named_and_never_repeated(field: str, value: Any) -> No
 def test_invalid_body_is_refused_in_few_words(content: str | bytes) -> None:
     """Default FastAPI answers 500 to some of these, and repeats half a megabyte of another."""
     response = post_raw(content)
-    assert response.status_code in (400, 422)
+    assert response.status_code == 422
     assert response.json()["detail"]
     assert len(response.content) < 1000
 
@@ -428,7 +433,7 @@ def test_invalid_body_is_refused_in_few_words(content: str | bytes) -> None:
 )
 def test_invalid_nesting_and_huge_numbers_are_refused(content: str) -> None:
     response = post_raw(content)
-    assert response.status_code in (400, 422)
+    assert response.status_code == 422
     assert len(response.content) < 1000
 
 

@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,7 @@ def test_completion_scores_a_prompt_as_the_model_does(
     for i, top in enumerate(scored.top_logprobs[1:]):
         values = logprobs[i].topk(5).values.tolist()
         assert sorted(top.values(), reverse=True)[:5] == pytest.approx(values, abs=1e-3)
-    assert choice.text == tokenizer.decode(token_ids, skip_special_tokens=True)
+    assert choice.text == tokenizer.decode(token_ids)
     assert (choice.finish_reason, answer.usage.completion_tokens) == ("length", 0)
     assert len(scored.tokens) == len(scored.text_offset) == len(token_ids)
 
@@ -355,6 +356,33 @@ def test_error_forbidden_prompt_in_every_form(client: OpenAI, prompt: Any, strea
     assert (caught.value.code, caught.value.param) == ("content_filter", "prompt")
 
 
+def test_error_word_split_by_a_special_token(client: OpenAI) -> None:
+    """The model reads past a special token; so does the filter."""
+    for prompt in ("I ha<|endoftext|>te you", [*ids("I ha"), 0, *ids("te you")]):
+        with pytest.raises(openai.BadRequestError) as caught:
+            complete(client, prompt=prompt)
+        assert caught.value.code == "content_filter"
+
+
+def test_error_megabyte_is_refused_unread(client: OpenAI) -> None:
+    started_seconds = time.monotonic()
+    with pytest.raises(openai.BadRequestError, match="maximum context length") as caught:
+        complete(client, prompt="h.a.t." * 160_000)
+    assert caught.value.code == "context_length_exceeded"
+    assert time.monotonic() - started_seconds < 1
+
+
+def test_logprobs_hold_no_forbidden_word(client: OpenAI) -> None:
+    """A stop string cut the word off before the filter saw it; the logprobs had it all."""
+    pieces = {str(token): 40 for word in (" hate", "hate") for token in ids(word)}
+    for stop in ("ha", " h", "ate"):
+        answer = complete(client, prompt="I", logit_bias=pieces, stop=stop, logprobs=5)
+        written = json.dumps(answer.choices[0].model_dump())
+        assert "hate" not in written
+        tokens = answer.choices[0].logprobs.tokens
+        assert main.content_filter.find("".join(tokens)) is None
+
+
 def test_output_filter_ends_with_content_filter(
     client: OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -409,8 +437,9 @@ def test_error_overload_is_503_with_retry_after(
     client: OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(main.engines[NAME].scheduler, "max_queue_size", 1)
+    monkeypatch.setattr(main.engines[NAME].scheduler, "max_num_seqs", 1)
     with pytest.raises(openai.InternalServerError) as caught:
-        complete(client, prompt=["A", "B"])
+        complete(client, prompt=["A", "B", "C"])
     assert caught.value.status_code == 503
     assert caught.value.response.headers["retry-after"] == "1"
     assert complete(client, prompt="A").choices[0].text
@@ -498,6 +527,14 @@ def test_chat_stream_says_what_the_whole_answer_says(client: OpenAI) -> None:
         whole.finish_reason,
     )
     assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
+
+
+def test_chat_takes_its_own_answer_back(client: OpenAI) -> None:
+    """The client sends an answer back with the null fields that it came with."""
+    first = {"role": "user", "content": "Hello"}
+    said = chat(client).choices[0].message
+    messages: Any = [first, said, {"role": "user", "content": "Again"}]
+    assert chat(client, messages=messages).choices[0].finish_reason
 
 
 def test_chat_without_a_limit_fills_the_context(client: OpenAI) -> None:
