@@ -19,6 +19,7 @@ from typing import Any
 os.environ.setdefault("MODEL_NAME", str(Path(__file__).parent / "gpt2-tales"))
 
 import httpx
+import openai
 import pytest
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
@@ -181,11 +182,14 @@ def test_keys_without_a_key_stop_the_start(monkeypatch: pytest.MonkeyPatch, keys
 # --- Limits, logs, usage: one service with all of them ------------------------------------------
 
 
+NAMES = ("alice", "bob", "carol", "dora", "eve", "fay")
+
+
 @pytest.fixture(scope="module")
 def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     usage_log = tmp_path_factory.mktemp("usage") / "usage.csv"
     settings = {
-        "API_KEYS": "alice:secret-a,bob:secret-b,carol:secret-c,dora:secret-d,eve:secret-e",
+        "API_KEYS": ",".join(f"{name}:secret-{name[0]}" for name in NAMES),
         "RATE_LIMIT": "5",
         "TOKEN_RATE_LIMIT": "60",
         "CORS_ORIGINS": "https://example.com",
@@ -231,6 +235,21 @@ def test_rate_limit_of_tokens_counts_what_nobody_waited_for(limited: Served) -> 
     assert left["status"] in (200, 499)
     assert left["generated_tokens"] > 0
     assert int(remaining) == max(0, 60 - left["generated_tokens"])
+
+
+def test_openai_client_raises_its_own_errors(limited: Served) -> None:
+    def ask(key: str) -> None:
+        with openai.OpenAI(base_url=f"{limited.address}/v1", api_key=key, max_retries=0) as client:
+            client.models.list()
+
+    with pytest.raises(openai.AuthenticationError) as refused:
+        ask("wrong")
+    assert refused.value.code == "invalid_api_key"
+    for _ in range(5):
+        ask("secret-f")
+    with pytest.raises(openai.RateLimitError) as limit:
+        ask("secret-f")
+    assert limit.value.code == "rate_limit_exceeded"
 
 
 def test_cors_preflight_needs_no_key(limited: Served) -> None:
