@@ -34,6 +34,7 @@ import threading
 import time
 import unicodedata
 import uuid
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing, asynccontextmanager
@@ -1178,6 +1179,16 @@ def new_token_budget(
     return min(budget, context_tokens - num_prompt_tokens)
 
 
+def is_forbidden_prompt(model_name: str, *texts: str, token_ids: list[int]) -> bool:
+    """Whether a prompt holds a forbidden word, as it was written or as the model reads it: past
+    a special token in the middle of a word. A hit is counted."""
+    read = generators[model_name].tokenizer.decode(token_ids, skip_special_tokens=True)
+    if not any(map(content_filter.find, (*texts, read))):
+        return False
+    FILTER_HITS.labels("prompt").inc()
+    return True
+
+
 def submit(
     model_name: str,
     prompt: str,
@@ -1195,23 +1206,19 @@ def submit(
     """
     if settings.log_prompts:
         note(prompt=prompt)
-    if content_filter.find(prompt):
-        FILTER_HITS.labels("prompt").inc()
-        raise HTTPException(400, FORBIDDEN_PROMPT)
     tokenizer, chosen = generators[model_name].tokenizer, engines[model_name]
+    written = prompt
     if is_chat and tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         encoding = tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False)
     else:
         encoding = tokenizer.backend_tokenizer.encode(prompt)
-    # The model reads past a special token in the middle of a word.
-    if content_filter.find(tokenizer.decode(encoding.ids, skip_special_tokens=True)):
-        FILTER_HITS.labels("prompt").inc()
+    if is_forbidden_prompt(model_name, written, token_ids=encoding.ids):
         raise HTTPException(400, FORBIDDEN_PROMPT)
-    if body.top_k > tokenizer.vocab_size:
+    if body.top_k > chosen.vocab_size:
         raise invalid(
-            source, "top_k", msg=f"Input should be less than or equal to {tokenizer.vocab_size}"
+            source, "top_k", msg=f"Input should be less than or equal to {chosen.vocab_size}"
         )
     params = SamplingParams(
         max_new_tokens=new_token_budget(body, len(encoding), chosen.max_model_len, source),
@@ -1576,13 +1583,6 @@ def encode(model_name: str, text: str, max_tokens: int, **options: bool) -> list
     return token_ids
 
 
-def refuse_forbidden(*texts: str, param: str) -> None:
-    """Raises OpenAIError 400."""
-    if any(map(content_filter.find, texts)):
-        FILTER_HITS.labels("prompt").inc()
-        raise OpenAIError(400, FORBIDDEN_PROMPT, param=param, code="content_filter")
-
-
 def completion_prompts(
     model_name: str, body: models.CompletionRequest
 ) -> tuple[list[str], list[list[int]]]:
@@ -1606,9 +1606,8 @@ def completion_prompts(
             text, token_ids = tokenizer.decode(prompt), prompt
         if settings.log_prompts:
             note(prompt=[*prompt_texts, text])
-        # Also as the model reads it, past a special token in the middle of a word.
-        read = tokenizer.decode(token_ids, skip_special_tokens=True)
-        refuse_forbidden(text, read, param="prompt")
+        if is_forbidden_prompt(model_name, text, token_ids=token_ids):
+            raise OpenAIError(400, FORBIDDEN_PROMPT, param="prompt", code="content_filter")
         prompt_texts.append(text)
         prompts_token_ids.append(token_ids)
     return prompt_texts, prompts_token_ids
@@ -1636,8 +1635,9 @@ def chat_prompt(model_name: str, body: models.ChatCompletionRequest) -> list[int
         message = "messages: the model's chat template does not take these roles in this order"
         raise OpenAIError(400, message, param="messages") from None
     token_ids = encode(model_name, text, max_tokens, add_special_tokens=False)
-    read = tokenizer.decode(token_ids, skip_special_tokens=True)
-    refuse_forbidden(*(message.text for message in body.messages), read, param="messages")
+    texts = (message.text for message in body.messages)
+    if is_forbidden_prompt(model_name, *texts, token_ids=token_ids):
+        raise OpenAIError(400, FORBIDDEN_PROMPT, param="messages", code="content_filter")
     return token_ids
 
 
@@ -1744,7 +1744,7 @@ class Choice:
         self, delta: Delta, prompt: tuple[str, EngineRequest] | None
     ) -> dict[str, Any]:
         """prompt: one to be echoed; its first token has no probability."""
-        tokens, token_ids, offsets = [], [], []
+        tokens, offsets = [], []
         first_token_id = None
         if prompt:
             text, request = prompt
@@ -1794,10 +1794,12 @@ class Choice:
         return {"content": content, "refusal": None}
 
 
-class Answer:
+class Answer(ABC):
     """What a `/v1` route answers, whole or as a stream of chunks."""
 
-    prefix, whole_object, chunk_object = "", "", ""
+    prefix: str
+    whole_object: str
+    chunk_object: str
 
     def __init__(
         self,
@@ -1827,13 +1829,13 @@ class Answer:
             "total_tokens": self.num_prompt_tokens + self.num_completion_tokens,
         }
 
+    @abstractmethod
     def choice(self, delta: Delta) -> dict[str, Any]:
         """A choice of the whole answer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def chunk_choices(self, delta: Delta, is_first: bool) -> list[dict[str, Any]]:
         """What a delta adds to a streamed choice: of as many chunks, the choices."""
-        raise NotImplementedError
 
     def chosen(self, deltas: list[Delta]) -> list[Delta]:
         """Those of all sequences that the client gets."""
