@@ -193,7 +193,7 @@ class Request:
         *,
         num_sequences: int = 1,
         first_index: int = 0,
-        deltas: asyncio.Queue[Delta | EngineError] | None = None,
+        deltas: asyncio.Queue[Delta | Exception] | None = None,
     ):
         self.id = next(self._ids)
         self.prompt_token_ids = prompt_token_ids
@@ -205,6 +205,7 @@ class Request:
         self.arrived_seconds = time.monotonic()
         self.queue_seconds: float | None = None  # how long it waited; None while it does
         self.num_generated_tokens = 0  # by all its sequences, without what was rolled back
+        self.finish_reasons: set[FinishReason] = set()  # of its sequences that have finished
         # Of each prompt token but the first; set ahead of the first delta, if asked for.
         self.prompt_logprobs: list[TokenLogprobs] | None = None
         self.loop = loop
@@ -407,10 +408,14 @@ class SlotCache:
             # Plain products: on some CPUs the fused kernel gives a row other bits in other
             # company, and for one query a row it is no faster.
             batch = slice(rows.decode_start, rows.decode_end)
-            grouped = query[:num_decode].reshape(num_decode, keys.shape[1], -1, query.shape[-1])
-            scores = (grouped * scale) @ keys[batch].transpose(-1, -2)
-            weights = torch.softmax(scores.add_(self.mask), dim=-1)
-            attended = weights @ values[batch]
+            kv_heads, head_dim = keys.shape[1], query.shape[-1]
+            grouped = (query[:num_decode] * scale).reshape(num_decode * kv_heads, -1, head_dim)
+            scores = torch.bmm(grouped, keys[batch].flatten(0, 1).transpose(1, 2))
+            scores = scores.view(num_decode, kv_heads, -1, self.capacity).add_(self.mask)
+            weights = torch.softmax(scores, dim=-1).view(
+                scores.shape[0] * kv_heads, -1, self.capacity
+            )
+            attended = torch.bmm(weights, values[batch].flatten(0, 1))
             out[:num_decode] = attended.view(num_decode, *query.shape[1:])
         for first, length in rows.prompts:
             prompt = slice(first, first + length)
@@ -808,7 +813,7 @@ class Engine:
         prompt is sampled as if it had been submitted alone. Raises as `submit` does.
         """
         loop = asyncio.get_running_loop()
-        deltas: asyncio.Queue[Delta | EngineError] = asyncio.Queue()
+        deltas: asyncio.Queue[Delta | Exception] = asyncio.Queue()
         requests, seqs = [], []
         most = self.max_model_len - (params.max_new_tokens > 0)
         for i, prompt_token_ids in enumerate(prompts):
@@ -840,26 +845,38 @@ class Engine:
             self._lock.notify()
         return requests
 
-    async def stream(self, *requests: Request) -> AsyncGenerator[Delta]:
+    async def stream(
+        self, *requests: Request, timeout_seconds: float | None = None
+    ) -> AsyncGenerator[Delta]:
         """The deltas of all sequences of requests submitted together, as they are made.
 
-        Raises what ended a request: InferenceError or EngineStoppedError. However the
-        loop over it ends, requests that are not finished are aborted.
+        Raises what ended a request: InferenceError, EngineStoppedError, or TimeoutError.
+        However the loop over it ends, requests that are not finished are aborted.
         """
+        deltas = requests[0].deltas
+        # One timer for all of them: a timeout around each `get` costs as much as the `get`.
+        deadline = timeout_seconds and asyncio.get_running_loop().call_later(
+            timeout_seconds, deltas.put_nowait, TimeoutError()
+        )
         try:
             unfinished = sum(request.num_sequences for request in requests)
             while unfinished:
-                delta = await requests[0].deltas.get()
-                if isinstance(delta, EngineError):
+                delta = await deltas.get()
+                if isinstance(delta, Exception):
                     raise delta
                 unfinished -= delta.finish_reason is not None
                 yield delta
         finally:
+            if deadline:
+                deadline.cancel()
             self.abort(*requests)
 
-    async def complete(self, *requests: Request) -> list[Delta]:
+    async def complete(
+        self, *requests: Request, timeout_seconds: float | None = None
+    ) -> list[Delta]:
         """Every sequence of the requests as one delta, in order. Raises as `stream` does."""
-        last = {delta.index: delta async for delta in self.stream(*requests)}
+        stream = self.stream(*requests, timeout_seconds=timeout_seconds)
+        last = {delta.index: delta async for delta in stream}
         return [last[index] for index in sorted(last)]
 
     def abort(self, *requests: Request) -> None:
@@ -1103,6 +1120,7 @@ class Engine:
                 if delta := self._append(seq, token_id):
                     deltas.setdefault(seq.request.loop, []).append((seq.request, delta))
                     if delta.finish_reason:
+                        seq.request.finish_reasons.add(delta.finish_reason)
                         stats.finished.append((delta.finish_reason, since_arrival_seconds))
                         self._free(seq)
             stats.num_rollbacks = self.num_rollbacks - num_rollbacks

@@ -813,8 +813,7 @@ class RequestContext:
         waited = [r.queue_seconds for r in requests if r.queue_seconds is not None]
         if waited:
             facts["queue_seconds"] = round(max(waited), 4)
-        reasons: set[str] = facts.pop("finish_reasons", set())
-        if reasons:
+        if reasons := {reason for request in requests for reason in request.finish_reasons}:
             facts["finish_reason"] = "+".join(sorted(reasons))
         facts = {
             "method": method, "route": route, "status": status, "seconds": round(seconds, 4),
@@ -1247,12 +1246,6 @@ def num_generated_tokens(requests: list[EngineRequest]) -> int:
     return sum(request.num_generated_tokens for request in requests)
 
 
-def note_finished(delta: Delta) -> None:
-    facts = request_facts.get()
-    if facts is not None and delta.finish_reason:
-        facts.setdefault("finish_reasons", set()).add(delta.finish_reason)
-
-
 async def client_gone(receive: Receive) -> None:
     """Returns once the client has closed the connection; the body has been read before."""
     while (await receive())["type"] != "http.disconnect":
@@ -1268,18 +1261,19 @@ async def complete(
     TimeoutError, and ClientGoneError.
     """
     submitted = list(submitted)
-    finished = asyncio.gather(*(engines[name].complete(*reqs) for name, reqs in submitted))
+    finished = asyncio.gather(
+        *(
+            engines[name].complete(*requests, timeout_seconds=settings.request_timeout_seconds)
+            for name, requests in submitted
+        )
+    )
     gone = asyncio.create_task(client_gone(http.receive))
     pending: set[asyncio.Future[Any]] = {finished, gone}
     try:
-        async with asyncio.timeout(settings.request_timeout_seconds):
-            await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
         if not finished.done():
             raise ClientGoneError
-        for deltas in (answers := finished.result()):
-            for delta in deltas:
-                note_finished(delta)
-        return answers
+        return finished.result()
     finally:
         gone.cancel()
         finished.cancel()
@@ -1288,17 +1282,10 @@ async def complete(
             engines[name].abort(*requests)
 
 
-async def deltas_in_time(model_name: str, *requests: EngineRequest) -> AsyncGenerator[Delta]:
-    """`Engine.stream`. Raises TimeoutError at the deadline."""
-    deadline = asyncio.get_running_loop().time() + settings.request_timeout_seconds
-    async with aclosing(engines[model_name].stream(*requests)) as deltas:
-        while True:
-            async with asyncio.timeout_at(deadline):
-                delta = await anext(deltas, None)
-            if delta is None:
-                return
-            note_finished(delta)
-            yield delta
+def deltas_in_time(model_name: str, *requests: EngineRequest) -> aclosing[AsyncGenerator[Delta]]:
+    """`Engine.stream`, to be closed at the end of a `with`, with the service's deadline."""
+    timeout_seconds = settings.request_timeout_seconds
+    return aclosing(engines[model_name].stream(*requests, timeout_seconds=timeout_seconds))
 
 
 class BrokenOffError(Exception):
@@ -1364,7 +1351,7 @@ async def generate_events(
     """The deltas of the text as events, then the whole response as one."""
     text = prompt
     try:
-        async with aclosing(deltas_in_time(model_name, request)) as deltas:
+        async with deltas_in_time(model_name, request) as deltas:
             async for delta in deltas:
                 text += delta.text
                 if delta.text:
@@ -1378,7 +1365,7 @@ async def generate_plain(model_name: str, request: EngineRequest) -> AsyncGenera
     """The text as it is made. Plain text has no place for an error, so that one is said in
     words and then breaks the response off, which every client notices."""
     try:
-        async with aclosing(deltas_in_time(model_name, request)) as deltas:
+        async with deltas_in_time(model_name, request) as deltas:
             async for delta in deltas:
                 yield delta.text
     except (TimeoutError, InferenceError, EngineStoppedError) as error:
@@ -1854,7 +1841,7 @@ class Answer(ABC):
         head = {**self.head, "object": self.chunk_object}
         begun = set()
         try:
-            async with aclosing(deltas_in_time(self.model_name, *self.requests)) as deltas:
+            async with deltas_in_time(self.model_name, *self.requests) as deltas:
                 async for delta in deltas:
                     self.num_completion_tokens += len(delta.token_ids)
                     usage = self.usage() if options.continuous_usage_stats else None
