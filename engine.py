@@ -1,19 +1,22 @@
 """Continuous batching for one causal language model: many clients, one model, few cores.
 
 The engine knows token ids, tensors and the text they decode to; it knows no HTTP.
-Each step of its thread runs the model once for every running sequence. A new request
-joins at the next step, a finished one leaves at once (iteration-level scheduling: Orca,
-Yu et al., OSDI 2022).
+Each step runs the model once for every running sequence. A new request joins at the next
+step, a finished one leaves at once (iteration-level scheduling: Orca, Yu et al., OSDI 2022).
+All engines of a process compute in one thread, a step of each in turn.
 
-    event loop                             engine thread
+    event loop                             the computing thread
     Engine.submit(prompt_token_ids, …) --> Scheduler.waiting (bounded; full = refused at once)
                                            Engine.step: schedule -> forward -> sample -> postprocess
     Engine.stream(request)             <-- one loop.call_soon_threadsafe a step, all deltas together
     Engine.abort(request)              --> left out of the next step
 
-Ownership: only the engine thread touches the model, the cache, the running set and the
-text of a sequence. `Engine._lock` guards what both sides touch: the waiting queue and
-the life of the thread. A `Request` is read by its client through its queue alone.
+Ownership: only that thread touches the model, the cache, the running set and the text of
+a sequence. `Engine._lock` guards what both sides touch: the waiting queue and whether the
+engine has its next turn. A `Request` is read by its client through its queue alone.
+
+A model may leave memory (`Engine.unload`) and come back (`Engine.load`); meanwhile requests
+wait in the queue, under the same limits as ever.
 
 Life of a sequence: WAITING -> RUNNING -> FINISHED with a finish reason (`stop`, `length`,
 `content_filter`), or with an error, or with none when its client has gone.
@@ -30,6 +33,7 @@ import bisect
 import contextlib
 import ctypes
 import enum
+import gc
 import itertools
 import logging
 import math
@@ -45,6 +49,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
@@ -180,7 +185,7 @@ class Status(enum.Enum):
 class Request:
     """A prompt and the sequences that are drawn from it; made by `Engine.submit`."""
 
-    _ids = itertools.count()
+    ids = itertools.count()
 
     def __init__(
         self,
@@ -195,7 +200,7 @@ class Request:
         first_index: int = 0,
         deltas: asyncio.Queue[Delta | Exception] | None = None,
     ):
-        self.id = next(self._ids)
+        self.id = next(self.ids)
         self.prompt_token_ids = prompt_token_ids
         self.params = params
         self.prompt_text = prompt_text  # a forbidden word may begin in it
@@ -279,8 +284,9 @@ class Scheduler:
             raise QueueFullError(f"{self.max_queue_size} requests are waiting already")
         self.waiting.extend(seqs)
 
-    def schedule(self) -> list[Sequence]:
-        """Moves waiting sequences to free rows and returns them, in row order.
+    def schedule(self, end_id: float = math.inf) -> list[Sequence]:
+        """Moves waiting sequences to free rows and returns them, in row order; of requests with
+        ids below end_id alone.
 
         One step takes prompts of SHORT_PROMPT_TOKENS together, or one longer prompt, so
         that the running ones never wait for more than one prompt. Sequences that share a
@@ -290,6 +296,8 @@ class Scheduler:
         budget_tokens = SHORT_PROMPT_TOKENS
         while self.waiting and len(self.running) < self.max_num_seqs:
             seq = self.waiting[0]
+            if seq.request.id >= end_id:
+                break
             if not admitted or admitted[-1].request is not seq.request:
                 budget_tokens -= len(seq.request.prompt_token_ids)
                 if admitted and budget_tokens < 0:
@@ -583,8 +591,14 @@ def prepare_weights(model: PreTrainedModel, quantization: str | None) -> None:
         for name, child in module.named_children():
             if type(child) in (nn.Linear, Conv1D):
                 setattr(module, name, pack(child))
+    return_freed_memory()
+
+
+def return_freed_memory() -> None:
+    """Gives what was freed back to the system, where the C library lets one."""
+    gc.collect()
     with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)  # gives the unpacked weights back to the system
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 # --- Sampling -----------------------------------------------------------------------------------
@@ -608,11 +622,13 @@ def edit_logits(logits: Tensor, seqs: SequenceOf[Sequence], eos_token_ids: Itera
             logits[row, ids] = torch.where(seen > 0, seen / penalty, seen * penalty)
         if output and (params.presence_penalty or params.frequency_penalty):
             ids, counts = torch.tensor(output).unique(return_counts=True)
-            penalties = params.presence_penalty + params.frequency_penalty * counts
-            logits[row, ids] -= penalties.to(logits)
+            # With a dtype, always: loading a model in another thread changes the default one.
+            penalties = params.presence_penalty + params.frequency_penalty * counts.to(logits)
+            logits[row, ids] -= penalties
         if params.logit_bias:
             ids = torch.tensor(list(params.logit_bias))
-            logits[row, ids] += torch.tensor(list(params.logit_bias.values())).to(logits)
+            biases = torch.tensor(list(params.logit_bias.values()), dtype=logits.dtype)
+            logits[row, ids] += biases.to(logits.device)
         if len(output) < params.min_tokens:
             logits[row, list(eos_token_ids)] = -math.inf
 
@@ -703,6 +719,18 @@ def collect_logprobs(
 # --- The engine ---------------------------------------------------------------------------------
 
 
+@cache
+def computing_thread(num_threads: int) -> ThreadPoolExecutor:
+    """The thread in which engines compute, with num_threads - 1 others that help it.
+
+    Every thread that computes in parallel gets helpers of its own, and once there are more of
+    them than cores none waits actively any more: a step of one row then takes half as long
+    again. So engines take turns in one thread, and the threads that load models compute alone
+    (main.py).
+    """
+    return ThreadPoolExecutor(1, "engine", torch.set_num_threads, (num_threads,))
+
+
 class Engine:
     """Serves one causal language model to many clients; see the module's docstring.
 
@@ -710,10 +738,11 @@ class Engine:
         place (weights packed, attention set) and belongs to the engine from here on.
     max_model_len: prompt and output together; cut to the model's context.
     text_filter: what generated text must not contain; None lets everything pass.
-    on_step: called in the engine's thread after each step; must not raise.
+    on_step: called in the computing thread after each step; must not raise.
+    on_need: called with a request, wherever that is submitted, when the model is not loaded
+        or about to leave; to see to it that `load` is called.
 
-    The thread starts with the first request, or with `start`. Raises ValueError for a
-    model whose attention cannot be replaced.
+    Raises ValueError for a model whose attention cannot be replaced.
     """
 
     def __init__(
@@ -728,6 +757,7 @@ class Engine:
         num_threads: int | None = None,
         text_filter: TextFilter | None = None,
         on_step: Callable[[StepStats], None] | None = None,
+        on_need: Callable[[], None] | None = None,
     ):
         if not model._supports_attention_backend:
             raise ValueError(f"{type(model).__name__} does not let its attention be replaced")
@@ -735,30 +765,72 @@ class Engine:
         windows = [config.max_position_embeddings, getattr(config, "sliding_window", None)]
         self.max_model_len = min(n for n in (*windows, max_model_len) if n)
         self.vocab_size: int = config.vocab_size
-        self.num_threads = num_threads or available_cores()
-        self.model = model.eval()
-        self.model.set_attn_implementation("slots")
         self.tokenizer = tokenizer
+        self.quantization = quantization
         self.text_filter = text_filter
         self.on_step = on_step
-        self.eos_token_ids = self._eos_token_ids()
-        prepare_weights(model, quantization)
+        self.on_need = on_need
+        self.eos_token_ids = self._eos_token_ids(model)
         self.scheduler = Scheduler(max_num_seqs, max_queue_size)
-        self.cache = SlotCache(model, max_num_seqs, self.max_model_len)
-        with ThreadPoolExecutor(1) as own_thread:  # see `_use_cores`
-            self.min_rows, self.max_rows = own_thread.submit(
-                self._measure_batch_invariance
-            ).result()
         self.num_rollbacks = 0
         self.num_failed_steps = 0  # in a row
-        self._lock = threading.Condition()
-        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._computing_thread = computing_thread(num_threads or available_cores())
+        self._has_turn = False  # `_advance` is under way or to come
         self._is_stopping = False
+        self.last_request_id = -1
+        self._leaves_at_id = math.inf  # unloads before it runs a request with an id from here on
+        self._has_left = threading.Event()
+        self.load(model)
+        self.min_rows, self.max_rows = self._computing_thread.submit(
+            self._measure_batch_invariance
+        ).result()
 
-    def _eos_token_ids(self) -> set[int]:
-        configured = self.model.generation_config.eos_token_id
+    def _eos_token_ids(self, model: PreTrainedModel) -> set[int]:
+        configured = model.generation_config.eos_token_id
         ids = configured if isinstance(configured, list) else [configured]
         return {id_ for id_ in (*ids, self.tokenizer.eos_token_id) if id_ is not None}
+
+    # Loading and unloading: any thread, one call at a time.
+
+    @property
+    def is_loaded(self) -> bool:
+        return self._model is not None
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """Raises ValueError while it is not loaded."""
+        if self._model is None:
+            raise ValueError("the model is not loaded")
+        return self._model
+
+    def load(self, model: PreTrainedModel) -> None:
+        """Takes the model, the same one as ever; what waits runs from here on."""
+        model.eval().set_attn_implementation("slots")
+        prepare_weights(model, self.quantization)
+        self.cache = SlotCache(model, self.scheduler.max_num_seqs, self.max_model_len)
+        with self._lock:
+            self._leaves_at_id = math.inf
+            self._model: PreTrainedModel | None = model
+            self._wake()
+
+    def unload(self) -> None:
+        """Gives the model's memory back as soon as all requests of before have finished.
+
+        Blocks until then; requests that come meanwhile wait for the next `load`.
+        """
+        with self._lock:
+            self._leaves_at_id = next(Request.ids)
+            self._has_left.clear()
+            self._wake()
+        self._has_left.wait()
+        return_freed_memory()
+
+    def fail_waiting(self) -> None:
+        """Ends what waits with InferenceError: the model cannot be loaded."""
+        with self._lock:
+            waiting, self.scheduler.waiting = self.scheduler.waiting, deque()
+        self._fail(waiting, InferenceError("the model cannot be loaded"))
 
     # The clients' side: any thread, any event loop.
 
@@ -841,8 +913,11 @@ class Engine:
             if self._is_stopping:
                 raise EngineStoppedError("the engine was stopped")
             self.scheduler.add(seqs)
-            self._start_thread()
-            self._lock.notify()
+            self.last_request_id = requests[-1].id
+            self._wake()
+            is_needed = not self.is_loaded or self._leaves_at_id < math.inf
+        if is_needed and self.on_need:
+            self.on_need()
         return requests
 
     async def stream(
@@ -884,70 +959,75 @@ class Engine:
         with self._lock:
             for request in requests:
                 request.is_aborted = True
-            self._lock.notify()
+            self._wake()
 
     def start(self) -> None:
-        """Starts the engine's thread ahead of the first request, or again after `stop`."""
-        with self._lock:
-            self._is_stopping = False
-            self._start_thread()
+        """Takes requests again after `stop`."""
+        self._is_stopping = False
 
     def stop(self) -> None:
-        """Ends the thread; what it held ends with EngineStoppedError."""
+        """Refuses requests from here on; what it held ends with EngineStoppedError."""
         with self._lock:
             self._is_stopping = True
-            self._lock.notify()
-        if self._thread:
-            self._thread.join()
+        self._computing_thread.submit(self._end).result()
 
-    def _start_thread(self) -> None:
-        if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-            self._thread.start()
+    def _wake(self) -> None:
+        """Gives the engine a turn, unless it has one. Under the lock."""
+        if not self._has_turn:
+            self._has_turn = True
+            self._computing_thread.submit(self._advance)
 
-    # The engine's side: its own thread alone.
+    # The engine's side: the computing thread alone.
 
-    def _use_cores(self) -> None:
-        """Gives this thread the cores.
+    @torch.inference_mode()
+    def _advance(self) -> None:
+        """One step, if there is anything to do; then the other engines have their turns."""
+        try:
+            self._remove_aborted()
+            if self._can_step():
+                self.step()
+                self.num_failed_steps = 0
+            elif self.is_loaded and self.num_failed_steps >= MAX_FAILED_STEPS:
+                self._probe()
+        except Exception as error:
+            self.num_failed_steps += 1
+            if self.num_failed_steps <= MAX_FAILED_STEPS:
+                logger.exception("a step failed; its %d sequences end", self.num_running)
+            failure = InferenceError("a step of the model failed")
+            failure.__cause__ = error
+            self._fail(self.scheduler.running, failure)
+            self.scheduler.running = []
+        with self._lock, contextlib.suppress(RuntimeError):  # which says that the process ends
+            self._has_turn = False
+            if self._can_step():
+                self._wake()
+            elif self.is_loaded and self._leaves_at_id < math.inf:
+                self._model, self.num_failed_steps = None, 0
+                del self.cache
+                self._has_left.set()
+            elif not self.is_healthy and not self._is_stopping:
+                self._has_turn = True
+                pause = threading.Timer(
+                    PROBE_SECONDS, self._computing_thread.submit, [self._advance]
+                )
+                pause.daemon = True
+                pause.start()
 
-        Every thread that computes in parallel gets workers of its own, and once there are
-        more of them than cores none waits actively any more: a step of one row then takes
-        half as long again. So the thread that loads models computes alone (main.py), and
-        the engine computes in no other thread than its own.
-        """
-        torch.set_num_threads(self.num_threads)
+    def _can_step(self) -> bool:
+        if not self.is_healthy or not self.is_loaded:
+            return False
+        waiting = self.scheduler.waiting
+        may_admit = bool(waiting) and waiting[0].request.id < self._leaves_at_id
+        return may_admit or bool(self.scheduler.running)
 
-    def _run(self) -> None:
-        self._use_cores()
-        with torch.inference_mode():
-            while not self._is_stopping:
-                try:
-                    self._remove_aborted()
-                    if not self.is_healthy:
-                        self._probe()
-                    elif self.scheduler.is_finished:
-                        with self._lock:
-                            self._lock.wait_for(
-                                lambda: self._is_stopping or not self.scheduler.is_finished
-                            )
-                    else:
-                        self.step()
-                        self.num_failed_steps = 0
-                except Exception as error:
-                    self.num_failed_steps += 1
-                    if self.num_failed_steps <= MAX_FAILED_STEPS:
-                        logger.exception("a step failed; its %d sequences end", self.num_running)
-                    failure = InferenceError("a step of the model failed")
-                    failure.__cause__ = error
-                    self._fail(self.scheduler.running, failure)
-                    self.scheduler.running = []
-            self._fail([*self.scheduler.running, *self.scheduler.waiting], EngineStoppedError())
-            self.scheduler.running, self.scheduler.waiting = [], deque()
+    def _end(self) -> None:
+        self._fail([*self.scheduler.running, *self.scheduler.waiting], EngineStoppedError())
+        self.scheduler.running, self.scheduler.waiting = [], deque()
 
     def step(self) -> None:
         """Everyone running gains a token, or gives some back to the filter."""
         with self._lock:
-            admitted = self.scheduler.schedule()
+            admitted = self.scheduler.schedule(self._leaves_at_id)
         prompts = {seq.request.id: seq.request for seq in admitted}.values()
         new = [request for request in prompts if request.queue_seconds is None]
         for request in new:
@@ -966,8 +1046,7 @@ class Engine:
             self.on_step(stats)
 
     def _probe(self) -> None:
-        """Runs one token after a pause, to see whether an unhealthy engine has recovered."""
-        time.sleep(PROBE_SECONDS)
+        """Runs one token, to see whether an unhealthy engine has recovered."""
         with self._lock:
             waiting, self.scheduler.waiting = self.scheduler.waiting, deque()
         self._fail(waiting, InferenceError("the model keeps failing"))
@@ -1062,7 +1141,6 @@ class Engine:
         than 32, …), which depends on the processor. Where no range is found, every pass
         has exactly 16 rows: the same shape takes the same kernel.
         """
-        self._use_cores()
         most = self.scheduler.max_num_seqs + SHORT_PROMPT_TOKENS
         self.min_rows = 1
         if self.model.device.type != "cpu":

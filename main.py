@@ -119,6 +119,12 @@ class Settings(BaseSettings):
         description="Hugging Face ids or folders, comma-separated; the first is the default. "
         "Unset: `gpt2` from the local cache or the hub, else the bundled `gpt2-tales`.",
     )
+    max_loaded_models: int | None = Field(
+        default=None,
+        ge=1,
+        description="Models in memory at the same time; a request for another one swaps it in. "
+        "Unset: all.",
+    )
     forbidden_words: str = Field(
         default="hate*,violence",
         description="Comma-separated; a trailing `*` matches any ending; a lone comma turns "
@@ -547,7 +553,8 @@ class ModelMetrics:
         "vllm:iteration_tokens_total", "Tokens that go through the model in one step.",
         ["model_name"], buckets=ROWS,
     )  # fmt: skip
-    LOAD = Gauge("model_load_seconds", "How long the model took to load.", ["model_name"])
+    LOAD = Gauge("model_load_seconds", "How long the model took to load last.", ["model_name"])
+    LOADED = Gauge("model_loaded", "0 while the model is not in memory.", ["model_name"])
     ABOUT = Gauge("model_info", "1, for every served model.", ["model_name", "dtype", "device"])
 
     def __init__(self, name: str):
@@ -580,13 +587,13 @@ class ModelMetrics:
             self.request.observe(request_seconds)
         self.rolled_back.inc(stats.num_rollbacks)
 
-    def watch(self, served: Engine, load_seconds: float) -> None:
+    def watch(self, served: Engine) -> None:
         """From now on a scrape reads the engine's own counts."""
         self.RUNNING.labels(self.name).set_function(lambda: served.num_running)
         self.WAITING.labels(self.name).set_function(lambda: served.num_waiting)
         self.HEALTHY.labels(self.name).set_function(lambda: served.is_healthy)
+        self.LOADED.labels(self.name).set_function(lambda: served.is_loaded)
         self.SLOTS.labels(self.name).set(served.scheduler.max_num_seqs)
-        self.LOAD.labels(self.name).set(load_seconds)
         model = served.model
         self.ABOUT.labels(self.name, str(model.dtype), model.device.type).set(1)
 
@@ -640,13 +647,21 @@ def find_models(model_name: str) -> dict[str, str]:
     return sources
 
 
-def load_generator(name: str, source: str) -> tuple[Any, Engine]:
-    """A text-generation pipeline, and the engine to which its model belongs from here on."""
+def load_pipeline(name: str, source: str) -> Any:
     started_seconds = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtypes = {"auto": native_dtype(device), "float32": torch.float32, "bfloat16": torch.bfloat16}
     dtype = torch.float32 if settings.quantization else dtypes[settings.dtype]
     loaded = pipeline("text-generation", model=source, dtype=dtype, device=device)
+    seconds = time.monotonic() - started_seconds
+    ModelMetrics.LOAD.labels(name).set(seconds)
+    logger.info("loaded %s (%s, %s) in %.1f s", name, dtype, device, seconds)
+    return loaded
+
+
+def load_generator(name: str, source: str) -> tuple[Any, Engine]:
+    """A text-generation pipeline, and the engine to which its model belongs from here on."""
+    loaded = load_pipeline(name, source)
     metrics = ModelMetrics(name)
     served = Engine(
         loaded.model,
@@ -658,11 +673,57 @@ def load_generator(name: str, source: str) -> tuple[Any, Engine]:
         num_threads=settings.torch_num_threads,
         text_filter=content_filter if settings.filter_output else None,
         on_step=metrics.observe,
+        on_need=partial(swap.needed.put, (name, source)),
     )
-    seconds = time.monotonic() - started_seconds
-    metrics.watch(served, seconds)
-    logger.info("loaded %s (%s, %s) in %.1f s", name, dtype, device, seconds)
+    metrics.watch(served)
     return loaded, served
+
+
+class Swap:
+    """Loads a model that is needed in place of the one that was asked for least recently.
+
+    That one first answers what came before; then its memory is free. Requests wait meanwhile
+    in their engine's queue, under its limit and their own deadlines.
+    """
+
+    def __init__(self) -> None:
+        self.needed: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()  # (name, source)
+        self.loading: str | None = None
+
+    def begin(self, max_loaded: int) -> None:
+        """Sees to it that no more than max_loaded models are in memory from here on."""
+        self.max_loaded = max_loaded
+        threading.Thread(target=self.run, name="swap", daemon=True).start()
+
+    def run(self) -> None:
+        torch.set_num_threads(1)  # of this thread; `computing_thread` tells why
+        while True:
+            name, source = self.needed.get()
+            if engines[name].is_loaded or not engines[name].num_waiting:
+                continue  # another request for it came first
+            self.loading = name
+            try:
+                while (
+                    len(loaded := [each for each in engines if engines[each].is_loaded])
+                    >= self.max_loaded
+                ):
+                    self.unload(min(loaded, key=lambda each: engines[each].last_request_id))
+                model = load_pipeline(name, source).model
+                engines[name].load(model)
+                generators[name].model = model
+                del model
+            except Exception:
+                logger.exception("cannot load %s", name)
+                engines[name].fail_waiting()
+            self.loading = None
+
+    def unload(self, name: str) -> None:
+        generators[name].model = None
+        engines[name].unload()
+        logger.info("unloaded %s", name)
+
+
+swap = Swap()
 
 
 def load_all(model_name: str | None) -> dict[str, tuple[Any, Engine]]:
@@ -682,15 +743,22 @@ def load_all(model_name: str | None) -> dict[str, tuple[Any, Engine]]:
         logger.warning("gpt2 is %s: serving %s, the small bundled model", reason, name)
         return {name: load_generator(name, str(BUNDLED_MODEL))}
     loaded = {}
-    for name, source in find_models(model_name).items():
+    sources = find_models(model_name)
+    most = settings.max_loaded_models or len(sources)
+    for number, (name, source) in reversed(list(enumerate(sources.items(), start=1))):
         try:
             loaded[name] = load_generator(name, source)
+            if number > most:
+                loaded[name][0].model = None
+                loaded[name][1].unload()
         except Exception as error:  # of many libraries, each with errors of its own
             logger.debug("cannot load %s", name, exc_info=True)
             sys.exit(f"MODEL_NAME: cannot load {name!r}: {first_line(error)}")
     if not loaded:
         sys.exit("Invalid settings. MODEL_NAME: names no model")
-    return loaded
+    if most < len(loaded):
+        swap.begin(most)
+    return {name: loaded[name] for name in sources}
 
 
 def first_line(error: Exception) -> str:
@@ -698,7 +766,7 @@ def first_line(error: Exception) -> str:
 
 
 logger.info("settings: %s", settings.model_dump(mode="json"))
-torch.set_num_threads(1)  # of this thread; `Engine` tells why
+torch.set_num_threads(1)  # of this thread; `computing_thread` tells why
 served_models = load_all(settings.model_name)
 generators = {name: loaded for name, (loaded, _) in served_models.items()}
 engines = {name: served for name, (_, served) in served_models.items()}
@@ -1451,7 +1519,12 @@ async def ready() -> Any:
             status = f"the queue of {name} is full"
     if drain.has_begun:
         status = "draining"
-    content = {"status": status, "model_names": list(engines)}
+    content = {
+        "status": status,
+        "model_names": list(engines),
+        "loaded_model_names": [name for name, each in engines.items() if each.is_loaded],
+        "loading_model_name": swap.loading,
+    }
     return JSONResponse(content, 200 if status == "ready" else 503)
 
 

@@ -248,6 +248,10 @@ class Health(BaseModel):
 class Readiness(BaseModel):
     status: str = Field(description="`ready`, or why not.", examples=["ready"])
     model_names: list[str] = Field(description="The first is the default.", examples=[["gpt2"]])
+    loaded_model_names: list[str] = Field(
+        description="Those in memory; a request for another one swaps it in.", examples=[["gpt2"]]
+    )
+    loading_model_name: str | None = Field(description="The one being swapped in.")
 
 
 # --- Errors of the native routes ----------------------------------------------------------------

@@ -559,7 +559,12 @@ def test_health_is_ok() -> None:
 def test_ready_names_the_models() -> None:
     response = client.get("/ready")
     assert response.status_code == 200
-    assert response.json() == {"status": "ready", "model_names": [NAME]}
+    assert response.json() == {
+        "status": "ready",
+        "model_names": [NAME],
+        "loaded_model_names": [NAME],
+        "loading_model_name": None,
+    }
 
 
 def test_ready_is_503_while_the_engine_fails(monkeypatch: pytest.MonkeyPatch) -> None:

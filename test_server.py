@@ -348,7 +348,7 @@ def test_ready_says_that_the_queue_is_full(address: str) -> None:
     assert full.status_code == 503
     assert "full" in full.json()["status"]
     assert free.status_code == 200
-    assert free.json() == {"status": "ready", "model_names": list(main.engines)}
+    assert free.json()["status"] == "ready"
 
 
 def test_health_answers_under_load(address: str) -> None:
