@@ -69,10 +69,11 @@ from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from jinja2 import TemplateError
 from limits import RateLimitItemPerMinute
-from limits.aio.storage import MemoryStorage
 from limits.aio.strategies import FixedWindowRateLimiter
+from limits.errors import ConfigurationError, StorageError
+from limits.storage import storage_from_string
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, Info, generate_latest
-from pydantic import BaseModel, Field, FilePath, SecretStr, ValidationError
+from pydantic import BaseModel, Field, FilePath, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from pythonjsonlogger.json import JsonFormatter
 from starlette.datastructures import Headers, MutableHeaders
@@ -105,6 +106,8 @@ BUNDLED_MODEL = Path(__file__).parent / "gpt2-tales"
 HUB_PROBE_SECONDS = 3.0
 RETRY_AFTER_SECONDS = 1
 PING_SECONDS = 15.0  # between comments in an event stream, which keep idle proxies from closing
+STORAGE_TIMEOUT_SECONDS = 1.0  # of the counts that rate limits look up for a request
+STORAGE_PAUSE_SECONDS = 10.0  # after a failure, for which nothing is limited
 
 # --- Settings -----------------------------------------------------------------------------------
 
@@ -183,6 +186,10 @@ class Settings(BaseSettings):
     token_rate_limit: int | None = Field(
         default=None, ge=1, description="Generated tokens a minute, the same way."
     )
+    rate_limit_storage: SecretStr = Field(
+        default=SecretStr("memory://"),
+        description="Where limits are counted: `redis://host:6379` for all replicas together.",
+    )
     cors_origins: str = Field(
         default="", description="Comma-separated origins whose pages may call the API, or `*`."
     )
@@ -199,6 +206,21 @@ class Settings(BaseSettings):
     usage_log_max_bytes: int = Field(
         default=10_000_000, ge=1000, description="It is rotated at this size; five old ones stay."
     )
+
+    @field_validator("rate_limit_storage")
+    @classmethod
+    def can_be_opened(cls, address: SecretStr) -> SecretStr:
+        try:
+            open_storage(address)
+        except ConfigurationError as error:  # whose text repeats the address, password and all
+            raise ValueError(str(error).replace(address.get_secret_value(), "***")) from None
+        return address
+
+
+def open_storage(address: SecretStr) -> Any:
+    """The counts of rate limits there; a connection is made with the first look-up."""
+    uri = f"async+{address.get_secret_value()}"
+    return storage_from_string(uri, wrap_exceptions=True, implementation="redispy")
 
 
 def read_settings() -> Settings:
@@ -925,7 +947,8 @@ class Gate:
     def __init__(self, app: ASGIApp, key_names: dict[bytes, str]):
         self.app = app
         self.key_names = key_names
-        self.limiter = FixedWindowRateLimiter(MemoryStorage())
+        self.limiter = FixedWindowRateLimiter(open_storage(settings.rate_limit_storage))
+        self.paused_until_seconds = 0.0
         self.limits = {
             name: RateLimitItemPerMinute(amount)
             for name, amount in (
@@ -953,9 +976,11 @@ class Gate:
         finally:
             # Also what was generated for a client that has gone.
             requests = (request_facts.get() or {}).get("requests", [])
-            if "tokens" in self.limits and (cost := num_generated_tokens(requests)):
+            cost = num_generated_tokens(requests)
+            if "tokens" in self.limits and cost and not self.is_paused:
                 identity = scope["client_identity"]
-                await self.limiter.hit(self.limits["tokens"], "tokens", identity, cost=cost)
+                async with self.counting():
+                    await self.limiter.hit(self.limits["tokens"], "tokens", identity, cost=cost)
 
     async def admit(self, scope: Scope) -> tuple[Response | None, dict[str, str]]:
         """The refusal, if it is one, and the headers that tell of rate limits."""
@@ -982,7 +1007,10 @@ class Gate:
         if drain.has_begun:
             headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
             return error_response(scope, 503, STOPPING, headers), {}
-        return await self.limit(scope, identity)
+        if self.limits and not self.is_paused:
+            async with self.counting():
+                return await self.limit(scope, identity)
+        return None, {}
 
     def key_name(self, headers: Headers) -> str | None:
         """The name of the key that the request brings, compared in constant time."""
@@ -993,6 +1021,23 @@ class Gate:
             if hmac.compare_digest(known, sent_digest):
                 found = name
         return found
+
+    @property
+    def is_paused(self) -> bool:
+        return time.monotonic() < self.paused_until_seconds
+
+    @asynccontextmanager
+    async def counting(self) -> AsyncGenerator[None]:
+        """Around look-ups of counts. When their storage fails, nothing is limited for a while:
+        it would be a pity to refuse everybody, and slow to try again for every request."""
+        try:
+            async with asyncio.timeout(STORAGE_TIMEOUT_SECONDS):
+                yield
+        except (StorageError, TimeoutError) as error:
+            if not self.is_paused:
+                pause = STORAGE_PAUSE_SECONDS
+                logger.error("no rate limits for %g s: %s", pause, first_line(error))
+            self.paused_until_seconds = time.monotonic() + STORAGE_PAUSE_SECONDS
 
     async def limit(self, scope: Scope, identity: str) -> tuple[Response | None, dict[str, str]]:
         headers: dict[str, str] = {}
@@ -1489,10 +1534,15 @@ async def root(http: Request) -> Any:
     return {"health": "ok"}
 
 
+async def exposition() -> bytes:
+    """What `/metrics` shows. ray_serve.py puts that of all replicas in its place."""
+    return generate_latest()
+
+
 @app.get("/metrics", response_class=Response, tags=["service"])
 async def metrics() -> Response:
     """Prometheus text; vLLM's names where it has the same figure."""
-    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+    return Response(await exposition(), media_type=CONTENT_TYPE_LATEST)
 
 
 @app.head("/health", include_in_schema=False)

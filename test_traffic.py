@@ -23,6 +23,7 @@ import openai
 import pytest
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
+from limits.errors import StorageError
 from starlette.routing import Route
 
 import main
@@ -235,6 +236,31 @@ def test_rate_limit_of_tokens_counts_what_nobody_waited_for(limited: Served) -> 
     assert left["status"] in (200, 499)
     assert left["generated_tokens"] > 0
     assert int(remaining) == max(0, 60 - left["generated_tokens"])
+
+
+@pytest.mark.parametrize("error", [StorageError(OSError("gone")), None])
+def test_rate_limit_is_off_while_its_storage_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception | None
+) -> None:
+    async def fail(*_: Any, **__: Any) -> int:
+        if error:
+            raise error
+        await asyncio.sleep(60)
+        return 0
+
+    client.get("/health")  # builds the app's own gate, which shall not have this storage
+    storage = main.open_storage(main.settings.rate_limit_storage)
+    monkeypatch.setattr(main, "open_storage", lambda _: storage)
+    monkeypatch.setattr(main, "STORAGE_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr(main, "STORAGE_PAUSE_SECONDS", 0.3)
+    http = gated(monkeypatch, rate_limit=1)
+    with monkeypatch.context() as broken:
+        broken.setattr(storage, "incr", fail)
+        assert [http.get("/v1/models").status_code for _ in range(3)] == [200] * 3
+    logged = [line for line in caplog.messages if "no rate limits for 0.3 s" in line]
+    assert len(logged) == 1
+    assert ("gone" if error else "TimeoutError") in logged[0]
+    wait_until(lambda: http.get("/v1/models").status_code == 429)
 
 
 def test_openai_client_raises_its_own_errors(limited: Served) -> None:
