@@ -8,12 +8,13 @@ SECONDS ?= 60
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help run test check bench soak clean
+.PHONY: help run test check run-ray test-ray bench soak clean
 
 help:
 	@echo 'make run     start the service on http://$(HOST):$(PORT); HOST=… and PORT=… change that'
 	@echo 'make test    run the tests'
 	@echo 'make check   check format, lint and types, then run the tests'
+	@echo 'make run-ray replicas behind Ray Serve on http://127.0.0.1:8000; make test-ray tests that'
 	@echo 'make bench   measure the service; BENCH_ARGS=… is passed on'
 	@echo 'make soak    mixed traffic for SECONDS=$(SECONDS), then what was left behind'
 	@echo 'make clean   remove the virtual environment and all caches'
@@ -34,6 +35,13 @@ check: $(VENV)/.test
 	$(PY) -m ruff check
 	$(PY) -m mypy
 	$(PY) -m pytest
+
+# exec: SIGTERM reaches the script, which then lets the replicas finish.
+run-ray: $(VENV)/.ray
+	@exec $(PY) ray_serve.py
+
+test-ray: $(VENV)/.test $(VENV)/.ray
+	$(PY) -m pytest -m slow
 
 bench: $(VENV)/.test
 	$(PY) bench.py $(BENCH_ARGS)
@@ -73,4 +81,8 @@ $(VENV)/.run: requirements.txt $(VENV)/.made
 
 $(VENV)/.test: requirements-dev.txt requirements.txt $(VENV)/.made
 	$(call install,requirements-dev.txt)
+	@touch $(VENV)/.run $@
+
+$(VENV)/.ray: requirements-ray.txt requirements.txt $(VENV)/.made
+	$(call install,requirements-ray.txt)
 	@touch $(VENV)/.run $@
