@@ -22,6 +22,7 @@ RUN useradd --create-home --uid 1000 app \
 COPY --from=build /opt/venv /opt/venv
 WORKDIR /app
 COPY main.py models.py engine.py ./
+COPY static/ static/
 COPY gpt2-tales/ gpt2-tales/
 USER app
 VOLUME /var/cache/huggingface

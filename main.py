@@ -1,11 +1,11 @@
 """Text generation with GPT-2-class models behind an HTTP API.
 
-    uvicorn main:app            # then open http://localhost:8000/docs
+    uvicorn main:app            # then open http://localhost:8000
 
 Routes: `POST /generate` (JSON, or server-sent events with `"stream": true`),
 `POST /generate-text/`, `GET|POST /generate/text` (plain text as it is generated),
 `GET /{prompt}`, OpenAI's `POST /v1/completions`, `POST /v1/chat/completions` and
-`GET /v1/models`, `GET /health`, `GET /ready`, `GET /metrics`, `GET /docs`.
+`GET /v1/models`, `GET /health`, `GET /ready`, `GET /metrics`, `GET /docs`, and `GET /`, the page.
 
 The path of a request: RequestContext (request id, log line) -> CORS -> Gate (API key, drain,
 rate limits) -> body limit -> schema in models.py -> content filter -> tokens ->
@@ -35,6 +35,7 @@ import time
 import unicodedata
 import uuid
 from abc import ABC, abstractmethod
+from base64 import b64encode
 from bisect import bisect_left
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing, asynccontextmanager
@@ -81,6 +82,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
+from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import pipeline
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -939,10 +941,12 @@ def digest(key: str) -> bytes:
 class Gate:
     """Pure ASGI middleware: who may pass. Size of the head, API key, drain, rate limits.
 
-    Everything needs a key but OPEN_PATHS, so that a new route is never open by accident.
+    Everything needs a key but OPEN_PATHS and the page's files, so that a new route is never
+    open by accident.
     """
 
     OPEN_PATHS = frozenset({"/", "/health", "/ready"})
+    PAGE_FILES = "/static/"
 
     def __init__(self, app: ASGIApp, key_names: dict[bytes, str]):
         self.app = app
@@ -989,7 +993,7 @@ class Gate:
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADERS_BYTES:
             return error_response(scope, 431, f"Headers exceed {MAX_HEADERS_BYTES} bytes"), {}
         path = scope["path"]
-        if path in self.OPEN_PATHS:
+        if path in self.OPEN_PATHS or path.startswith(self.PAGE_FILES):
             return None, {}
         is_metrics = path == "/metrics"
         identity = f"address {scope['client'][0]}" if scope.get("client") else "unknown"
@@ -1194,9 +1198,10 @@ async def report_refusal(http: Request, error: StarletteHTTPException) -> JSONRe
     headers = dict(error.headers or {})
     if error.status_code == 405:  # of all routes on this path, not of the first alone
         routes = [route for route in app.routes if isinstance(route, Route)]
-        path = next(route.path for route in routes if route.path_regex.match(http.scope["path"]))
+        matching = (route.path for route in routes if route.path_regex.match(http.scope["path"]))
+        path = next(matching, None)  # None: a file
         methods = {m for route in routes if route.path == path for m in route.methods or ()}
-        headers["Allow"] = ", ".join(sorted(methods))
+        headers["Allow"] = ", ".join(sorted(methods or {"GET", "HEAD"}))
     return error_response(http.scope, error.status_code, error.detail, headers)
 
 
@@ -1510,19 +1515,29 @@ PLAIN_TEXT: Responses = {
         "content": {"text/plain": {"schema": {"type": "string"}, "example": " there was a king"}},
     }
 }
-GREETING = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>GPT-2 text generation</title>
-<h1>GPT-2 text generation</h1>
-<p>This service continues text. Try it on <a href="docs">the API's page</a>, or from a shell:
-<pre>curl -N 'http://localhost:8000/generate/text?prompt=Once+upon+a+time'</pre>
-<p><a href="docs">Try it</a> &middot; <a href="redoc">Reference</a> &middot;
-<a href="openapi.json">OpenAPI document</a> &middot; <a href="ready">Readiness</a>
-<p>Generated text can be wrong or offensive; check it before you use it.
-</html>
-"""
+STATIC = Path(__file__).parent / "static"
+PAGE = (STATIC / "index.html").read_text(encoding="utf-8")
+STYLE_DIGEST = digest(PAGE.partition("<style>")[2].partition("</style>")[0])
+PAGE_HEADERS = {
+    "Cache-Control": "no-cache",
+    "Vary": "Accept",
+    # No inline code at all, and no inline style but the page's own.
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; img-src 'self'; "
+    f"style-src 'sha256-{b64encode(STYLE_DIGEST).decode()}'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+}
+
+
+class PageFiles(StaticFiles):
+    """Files that a browser keeps, and asks each time whether they have changed."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers["Cache-Control"] = "no-cache"
+        return response
+
+
+app.mount("/static", PageFiles(directory=STATIC))
 
 
 @app.head("/", include_in_schema=False)
@@ -1530,8 +1545,8 @@ GREETING = """<!doctype html>
 async def root(http: Request) -> Any:
     """A page for browsers (`Accept: text/html`), `{"health": "ok"}` for everything else."""
     if "text/html" in http.headers.get("accept", ""):
-        return HTMLResponse(GREETING)
-    return {"health": "ok"}
+        return HTMLResponse(PAGE, headers=PAGE_HEADERS)
+    return JSONResponse({"health": "ok"}, headers={"Vary": "Accept"})
 
 
 async def exposition() -> bytes:

@@ -33,10 +33,10 @@ LONG_STREAM = {**LONG, "stream": True}
 
 
 @contextmanager
-def serve_in_thread(app: Any) -> Iterator[str]:
+def serve_in_thread(app: Any, port: int = 0) -> Iterator[str]:
     """The address of a uvicorn that serves app until the end of the block."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="off", log_level="error"))
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = socket.create_server(("127.0.0.1", port))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

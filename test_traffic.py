@@ -116,7 +116,7 @@ def test_keys_every_route_needs_one_but_three(keyed: TestClient) -> None:
     opened = set()
     for route in main.app.routes:
         if not isinstance(route, APIRoute | Route):
-            assert route.path == "/static-offline-docs", f"who may pass here? {route}"
+            assert route.path in ("/static-offline-docs", "/static"), f"who may pass here? {route}"
             continue
         path = re.sub(r"\{.*?\}", "something", route.path)
         for method in route.methods or ():
@@ -128,6 +128,8 @@ def test_keys_every_route_needs_one_but_three(keyed: TestClient) -> None:
                 assert "key is needed" in answer.text or method == "HEAD"
     assert opened == {"/", "/health", "/ready"}
     assert keyed.get("/static-offline-docs/swagger-ui.css").status_code == 401
+    assert keyed.get("/static/page.js").status_code == 200  # the page's own, which asks for a key
+    assert keyed.get("/static").status_code == 401
 
 
 @pytest.mark.parametrize(

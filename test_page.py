@@ -1,0 +1,898 @@
+"""The page in a real browser: Chromium, which finds no address but the loopback.
+
+Most tests share a server in a thread of this process, as in test_server.py, so that each may
+change settings and engine; one server with two models runs in a process of its own, which the
+last test kills. Without a Chromium these tests are skipped, where CI is "true" they fail.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlencode
+
+os.environ.setdefault("MODEL_NAME", str(Path(__file__).parent / "gpt2-tales"))
+
+import httpx
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from fastapi.testclient import TestClient
+from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
+
+import main
+from test_server import is_idle, serve_in_thread, stream, wait_until
+from test_traffic import Served, served
+
+ROOT = Path(__file__).parent
+PROMPT = "Once upon a time"
+NO_CHROMIUM = "no Chromium: apt-get install chromium, or put another Chrome on the PATH"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+HTML = "<img src=x onerror=alert(1)><script>alert(2)</script><b>bold</b> &amp;"
+
+client = TestClient(main.app)
+expect.set_options(timeout=15_000)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(NO_CHROMIUM)
+    flags = ["--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"]
+    if hasattr(os, "getuid") and os.getuid() == 0:
+        flags.append("--no-sandbox")  # which does not work for root
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=flags)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with serve_in_thread(main.app) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def two_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    second = tmp_path_factory.mktemp("models") / "second-tales"
+    shutil.copytree(ROOT / "gpt2-tales", second)
+    with served(MODEL_NAME=f"{ROOT / 'gpt2-tales'},{second}") as service:
+        yield service
+
+
+Visit = Callable[..., Page]
+
+
+@pytest.fixture
+def visit(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Visit]:
+    """Opens the page in a context of its own.
+
+    Afterwards: it has asked for nothing elsewhere, and the console holds no complaint but,
+    where `refused` says that a test is about that, the browser's own on a status or connection.
+    """
+    contexts, asked, complaints = [], [], []
+
+    def open_page(link: str = "", at: str = "", refused: bool = False, **options: Any) -> Page:
+        context = browser.new_context(**options)
+        contexts.append(context)
+        context.set_default_timeout(15_000)
+        page = context.new_page()
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+
+        def read(message: ConsoleMessage) -> None:
+            is_own = message.text.startswith("Failed to load resource")
+            if message.type in ("error", "warning") and not (refused and is_own):
+                complaints.append(message.text)
+
+        page.on("console", read)
+        page.goto(f"{at or request.getfixturevalue('address')}/{link}")
+        if not refused and options.get("java_script_enabled", True):
+            expect(page.locator("#seed")).to_be_enabled()
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert complaints == []
+    assert [url for url in asked if not url.startswith(("http://127.0.0.1:", "data:"))] == []
+    wait_until(is_idle)  # whoever leaves frees the place
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 20 ms: what a test looks at in mid-stream is there long enough."""
+    forward = main.engine.model.forward
+
+    def wait_and_forward(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.02)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(main.engine.model, "forward", wait_and_forward)
+
+
+def change_settings(monkeypatch: pytest.MonkeyPatch, **update: Any) -> None:
+    monkeypatch.setattr(main, "settings", main.settings.model_copy(update=update))
+
+
+def press(page: Page, name: str) -> None:
+    page.get_by_role("button", name=name, exact=True).first.click()
+
+
+def finish(page: Page) -> str:
+    """The text on display once nothing runs any more."""
+    expect(page.locator(".pane[aria-busy=false] .end span:not(:empty)").first).to_be_visible()
+    expect(page.locator(".pane[aria-busy=true]")).to_have_count(0)
+    return page.locator(".text").first.text_content() or ""
+
+
+def link(**fields: Any) -> str:
+    return "#" + urlencode({"prompt": PROMPT, "seed": 7, "max_tokens": 40} | fields, doseq=True)
+
+
+def fragment(page: Page) -> dict[str, list[str]]:
+    return parse_qs(page.url.partition("#")[2])
+
+
+def completion(**fields: Any) -> str:
+    """What the service itself says to the page's first values."""
+    body = {"prompt": PROMPT, "seed": 7, "max_tokens": 40, "top_p": 0.9, "top_k": 50} | fields
+    answer = client.post("/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    return PROMPT + answer.json()["choices"][0]["text"]
+
+
+# --- Without a browser --------------------------------------------------------------------------
+
+
+def get_page() -> httpx.Response:
+    return client.get("/", headers={"Accept": "text/html"})
+
+
+def test_page_is_small_and_whole() -> None:
+    files = {file.name: file.read_text() for file in (ROOT / "static").iterdir()}
+    assert len(files["index.html"].encode()) < 14_000  # so many come in the first round trip
+    assert sum(len(text.encode()) for text in files.values()) < 60_000
+    addresses = {a for text in files.values() for a in re.findall(r"https?://[^\s\"')]+", text)}
+    assert addresses <= {"http://www.w3.org/2000/svg"}
+    assert "innerHTML" not in files["page.js"]
+
+
+def test_page_allows_no_inline_code_and_no_frame() -> None:
+    policy = get_page().headers["content-security-policy"]
+    assert "unsafe" not in policy
+    assert {"default-src 'none'", "script-src 'self'", "connect-src 'self'"} <= set(
+        policy.split("; ")
+    )
+    for each in ("base-uri", "form-action", "frame-ancestors"):
+        assert f"{each} 'none'" in policy
+
+
+def test_page_depends_on_accept_and_is_asked_for_anew() -> None:
+    assert client.get("/").headers["vary"] == get_page().headers["vary"] == "Accept"
+    assert get_page().headers["cache-control"] == "no-cache"
+    first = client.get("/static/page.js")
+    assert first.headers["cache-control"] == "no-cache"
+    again = client.get("/static/page.js", headers={"If-None-Match": first.headers["etag"]})
+    assert (first.status_code, again.status_code) == (200, 304)
+
+
+@pytest.mark.parametrize(
+    "path", ["/static/", "/static/no.js", "/static/%2e%2e/main.py", "/static/%2e%2e%2fmain.py"]
+)
+def test_page_files_are_all_that_is_open(path: str) -> None:
+    answer = client.get(path)
+    assert (answer.status_code, answer.json()) == (404, {"detail": "Not Found"})
+
+
+@pytest.mark.parametrize("path", ["/static/page.js", "/static-offline-docs/swagger-ui.css"])
+def test_page_files_are_only_read(path: str) -> None:
+    """Was a 500: the 405 was looked up among routes, and a file is none."""
+    answer = client.post(path)
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET, HEAD")
+
+
+def test_page_is_served_while_draining(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main.drain, "has_begun", True)
+    assert get_page().status_code == client.get("/static/page.js").status_code == 200
+
+
+# --- Generating ---------------------------------------------------------------------------------
+
+WATCH_TEXT = """() => {
+  window.lengths = [];
+  const look = () => lengths.push(document.querySelector(".text")?.textContent.length ?? 0);
+  const everything = {subtree: true, childList: true, characterData: true};
+  new MutationObserver(look).observe(document.querySelector("#result"), everything);
+}"""
+
+
+def test_generate_streams_and_says_how_it_went(visit: Visit) -> None:
+    page = visit()
+    page.get_by_label("Prompt").fill(PROMPT)
+    page.evaluate(WATCH_TEXT)
+    press(page, "Generate")
+    expect(page.locator("#announcer")).to_have_text("Generating.")
+    text = finish(page)
+    lengths = page.evaluate("lengths")
+    assert lengths == sorted(lengths)
+    assert len(set(lengths)) > 5
+    assert text.startswith(PROMPT)
+    assert len(text) == lengths[-1] > len(PROMPT) + 50
+    assert page.locator(".given").text_content() == PROMPT
+    expect(page.locator(".caret")).to_have_count(0)
+    expect(page.locator(".pane h3")).to_have_text("gpt2-tales")
+    expect(page.locator(".figures")).to_have_text(
+        re.compile(r"^50 tokens · \d+ tokens/s · first token after \d+ ms$")
+    )
+    expect(page.locator(".end span")).to_have_text("reached the length of 50 tokens")
+    expect(page.locator("#announcer")).to_have_text(
+        "gpt2-tales: 50 tokens, reached the length of 50 tokens."
+    )
+
+
+def test_stop_frees_the_place_and_keeps_the_text(visit: Visit, slow: None) -> None:
+    page = visit(link(max_tokens=200, n=8))
+    press(page, "Generate")
+    expect(page.locator(".caret")).to_have_count(8)
+    expect(page.locator(".text").first).to_contain_text(re.compile(f"{PROMPT} ?[a-z,]"))
+    assert main.engine.num_running == 8
+    press(page, "Stop")
+    wait_until(is_idle)
+    text = finish(page)
+    assert len(text) > len(PROMPT)
+    assert page.locator(".end span").all_text_contents() == ["stopped"] * 8
+    expect(page.locator("#announcer")).to_have_text("Stopped.")
+
+
+def test_generate_and_stop_many_times(visit: Visit, slow: None) -> None:
+    """Each press takes the place of what runs; nothing of an old run is left over."""
+    page = visit(link())
+    page.evaluate("""() => {
+      const [main, stop] = document.querySelectorAll(".actions button");
+      for (let i = 0; i < 30; i += 1) { main.click(); if (i % 3) stop.click(); }
+      main.click();
+    }""")
+    assert finish(page) == completion()
+    expect(page.locator(".pane")).to_have_count(1)
+
+
+def test_generate_several_sequences_each_by_itself(visit: Visit) -> None:
+    page = visit(link(n=3))
+    press(page, "Generate")
+    finish(page)
+    texts = page.locator(".text").all_text_contents()
+    assert texts[0] == completion(n=3)
+    assert len(set(texts)) == 3
+    assert page.locator(".end span").all_text_contents() == ["reached the length of 40 tokens"] * 3
+
+
+def test_examples_fill_the_prompt(visit: Visit) -> None:
+    page = visit()
+    examples = page.locator("#examples button")
+    expect(examples).to_have_count(3)
+    examples.nth(1).click()
+    expect(page.get_by_label("Prompt")).to_have_value(examples.nth(1).text_content() or "")
+    expect(page.get_by_label("Prompt")).to_be_focused()
+
+
+def test_stop_strings_are_one_a_line(visit: Visit) -> None:
+    page = visit(link(max_tokens=200, seed=3, stop=["zebra", "\n"]))
+    expect(page.get_by_label("Stop before")).to_have_value("zebra\n\\n")
+    press(page, "Generate")
+    text = finish(page)
+    assert text == completion(max_tokens=200, seed=3, stop=["zebra", "\n"])
+    assert "\n" not in text
+    expect(page.locator(".end span")).to_have_text("ended by the model, or before a stop string")
+    assert fragment(page)["stop"] == ["zebra", "\n"]
+
+
+# --- Parameters and links -----------------------------------------------------------------------
+
+
+def test_ranges_and_first_values_are_those_of_the_openapi_document(visit: Visit) -> None:
+    page = visit()
+    schemas = client.get("/openapi.json").json()["components"]["schemas"]
+    asked = schemas["CompletionRequest"]["properties"]
+    native = schemas["GenerateRequest"]["properties"]
+    for name in ("temperature", "top_k", "n"):
+        bounds = page.locator(f"#{name}").evaluate("field => [field.min, field.max]")
+        assert list(map(float, bounds)) == [asked[name]["minimum"], asked[name]["maximum"]]
+    expect(page.locator("#max_tokens")).to_have_attribute("max", "200")
+    for name in ("temperature", "top_p", "top_k"):
+        assert float(page.locator(f"#{name}").input_value()) == native[name]["default"]
+    expect(page.locator("#seed")).to_have_attribute("max", str(2**53 - 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("temperature", "2.5", "Temperature takes a number from 0 up to 2."),
+        ("top_p", "0", "Top-p takes a number above 0 up to 1."),
+        ("n", "1.5", "Sequences takes a whole number from 1 up to 8."),
+        ("max_tokens", "", "Length takes a whole number from 1 up to 200."),
+        ("stop_strings", "a\nb\nc\nd\ne", "At most 4 strings to stop before."),
+        ("prompt", "", "Write how the text begins."),
+    ],
+)
+def test_value_out_of_range_is_named_and_nothing_is_sent(
+    visit: Visit, name: str, value: str, words: str
+) -> None:
+    page = visit(link())
+    page.locator(f"#{name}").fill(value)
+    press(page, "Generate")
+    expect(page.locator("#problem")).to_have_text(words)
+    expect(page.locator(f"#{name}")).to_be_focused()
+    expect(page.locator(f"#{name}")).to_have_attribute("aria-invalid", "true")
+    expect(page.locator(".pane")).to_have_count(0)
+
+
+def test_sliders_and_numbers_go_together(visit: Visit) -> None:
+    page = visit(link())
+    slider, field = page.locator("[data-of=temperature]"), page.locator("#temperature")
+    slider.focus()
+    slider.press("ArrowRight")
+    expect(field).to_have_value("1.05")
+    field.fill("0.5")
+    expect(slider).to_have_value("0.5")
+    page.wait_for_url(lambda url: "temperature=0.5" in url)
+
+
+def test_link_fills_the_form_and_gives_the_same_text(visit: Visit) -> None:
+    fields = {"temperature": 0.73, "top_p": 0.81, "top_k": 20, "seed": 2**53 - 1}
+    page = visit(link(**fields))
+    expect(page.locator(".pane")).to_have_count(0)  # it does not start by itself
+    page.keyboard.press("Control+Enter")
+    assert finish(page) == completion(**fields)
+    assert fragment(page).items() >= {name: [str(value)] for name, value in fields.items()}.items()
+
+
+def test_link_of_a_result_has_the_seed_that_was_drawn(visit: Visit) -> None:
+    page = visit("#prompt=Once+upon+a+time", permissions=["clipboard-read", "clipboard-write"])
+    press(page, "Generate")
+    text = finish(page)
+    seed = fragment(page)["seed"][0]
+    expect(page.locator("#result h2")).to_have_text(f"Result, seed {seed}")
+    expect(page.locator("#seed")).to_have_value("")
+    press(page, "Copy link")
+    assert page.evaluate("navigator.clipboard.readText()") == page.url
+    page.reload()
+    expect(page.locator("#seed")).to_have_value(seed)
+    press(page, "Generate")
+    assert finish(page) == text
+
+
+@pytest.mark.parametrize(
+    ("garbage", "expected"),
+    [
+        ("temperature=99&top_p=-1&top_k=1e9&seed=-5", ("2", "0.9", "8192", "0")),
+        ("temperature=abc&top_p=&top_k=NaN&seed=1e999", ("1", "0.9", "50", "")),
+        ("temperature=0.3&top_p=0.2&top_k=1.9&seed=9e3&model=no", ("0.3", "0.2", "1", "9000")),
+        ("%&%%zz=%ff&&&=&prompt&seed=3&seed=4&n=%00", ("1", "0.9", "50", "3")),
+    ],
+)  # fmt: skip
+def test_link_with_garbage_is_clamped_or_ignored(
+    visit: Visit, garbage: str, expected: tuple[str, ...]
+) -> None:
+    page = visit(f"#{garbage}")
+    values = [
+        page.locator(f"#{name}").input_value() for name in ("temperature", "top_p", "top_k", "seed")
+    ]
+    assert tuple(values) == expected
+    page.locator("#prompt").fill(PROMPT)
+    press(page, "Generate")
+    finish(page)
+
+
+def test_link_that_is_pasted_into_the_open_page_is_read(visit: Visit) -> None:
+    page = visit(link())
+    page.evaluate("location.hash = 'prompt=Deep+in+the+forest&seed=8'")
+    expect(page.get_by_label("Prompt")).to_have_value("Deep in the forest")
+    expect(page.locator("#seed")).to_have_value("8")
+
+
+# --- Copying ------------------------------------------------------------------------------------
+
+NASTY = "It's \"5\" $HOME `ls` \\n\n%s 'quoted' 😀 \u2028 end !"
+
+
+@pytest.fixture
+def copied(visit: Visit) -> Callable[[str], str]:
+    page = visit(
+        link(prompt=NASTY, stop=["'", "\n"], max_tokens=9),
+        permissions=["clipboard-read", "clipboard-write"],
+    )
+    press(page, "Generate")
+    finish(page)
+
+    def copy(name: str) -> str:
+        press(page, name)
+        return page.evaluate("navigator.clipboard.readText()")
+
+    return copy
+
+
+FIELDS = {
+    "model": "gpt2-tales", "prompt": NASTY, "max_tokens": 9, "temperature": 1, "top_p": 0.9,
+    "top_k": 50, "n": 1, "seed": 7, "stop": ["'", "\n"],
+}  # fmt: skip
+
+
+def test_copy_as_curl_is_the_request(copied: Callable[[str], str], address: str) -> None:
+    """A shell reads it, with a curl that prints what it was given."""
+    script = 'curl() { printf "%s\\0" "$@"; }\n' + copied("Copy as curl")
+    printed = subprocess.run(["sh", "-c", script], capture_output=True, check=True).stdout
+    url, *options = printed.decode().split("\0")[:-1]
+    assert url == f"{address}/v1/completions"
+    assert options[:3] == ["-H", "Content-Type: application/json", "-d"]
+    assert json.loads(options[3]) == FIELDS
+    assert httpx.post(url, json=json.loads(options[3])).status_code == 200
+
+
+def test_copy_as_python_is_the_request(copied: Callable[[str], str]) -> None:
+    script, printed = copied("Copy as Python"), []
+    exec(script, {"print": printed.append})
+    answer = client.post("/v1/completions", json=FIELDS).json()
+    assert printed == [answer["choices"][0]["text"]]
+
+
+def test_copy_takes_prompt_and_text_also_without_the_clipboard_interface(visit: Visit) -> None:
+    """A browser has none where the page comes by plain http from another machine."""
+    page = visit(link(), permissions=["clipboard-read", "clipboard-write"])
+    page.evaluate("() => Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+    press(page, "Generate")
+    text = finish(page)
+    page.locator(".end button").click()
+    expect(page.locator(".end button")).to_have_text("Copied")
+    page.locator("#prompt").fill("")
+    page.keyboard.press("Control+V")
+    expect(page.locator("#prompt")).to_have_value(text)
+
+
+# --- Token view ---------------------------------------------------------------------------------
+
+
+def test_token_view_shows_probabilities_of_the_same_text(visit: Visit) -> None:
+    page = visit(link())
+    press(page, "Generate")
+    text = finish(page)
+    page.get_by_label("Token view").check()
+    expect(page.locator(".token")).to_have_count(40)
+    finish(page)
+    tokens = page.locator(".token").all_text_contents()
+    assert PROMPT + "".join(tokens).replace("↵", "") == text
+    assert fragment(page)["logprobs"] == ["5"]
+    assert sum(page.locator(f".token.p{step}").count() > 0 for step in range(5)) > 2
+    page.get_by_label("Token view").uncheck()
+    expect(page.locator(".token")).to_have_count(0)
+    assert finish(page) == text
+
+
+def test_token_view_by_mouse(visit: Visit) -> None:
+    page = visit(link(logprobs=5))
+    press(page, "Generate")
+    finish(page)
+    detail = page.locator(".detail")
+    expect(detail).to_be_hidden()
+    page.locator(".token").nth(5).hover()
+    expect(detail).to_be_visible()
+    shares = [float(s.strip("%")) for s in detail.locator("li span").all_text_contents()]
+    assert 5 <= len(shares) <= 6
+    assert shares == sorted(shares, reverse=True)
+    drawn = (page.locator(".token").nth(5).text_content() or "").replace(" ", "␣")
+    expect(detail.locator(".drawn code")).to_have_text(drawn)
+    page.locator("#prompt").hover()
+    expect(detail).to_be_hidden()
+
+
+def test_token_view_by_keyboard(visit: Visit) -> None:
+    page = visit(link(logprobs=5))
+    press(page, "Generate")
+    finish(page)
+    tokens = page.locator(".token")
+    expect(page.locator(".token[tabindex='0']")).to_have_count(1)
+    tokens.first.focus()
+    expect(page.locator(".detail")).to_be_visible()
+    page.keyboard.press("ArrowRight")
+    expect(tokens.nth(1)).to_be_focused()
+    expect(page.locator(".token[tabindex='0']")).to_have_count(1)
+    page.keyboard.press("End")
+    expect(tokens.last).to_be_focused()
+    page.keyboard.press("Home")
+    expect(tokens.first).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(page.locator(".detail")).to_be_hidden()
+
+
+def test_token_view_by_touch(visit: Visit) -> None:
+    page = visit(link(logprobs=5), has_touch=True, viewport={"width": 360, "height": 780})
+    press(page, "Generate")
+    finish(page)
+    for number in (3, 20):
+        page.locator(".token").nth(number).tap()
+        expect(page.locator(".detail")).to_be_visible()
+        box = page.locator(".detail").bounding_box()
+        assert box
+        assert 0 <= box["x"] <= box["x"] + box["width"] <= 360
+    page.locator("#result h2").tap()
+    expect(page.locator(".detail")).to_be_hidden()
+
+
+# --- Text is text -------------------------------------------------------------------------------
+
+
+def chunk(text: str, tokens: list[str] | None = None, end: str | None = None) -> str:
+    top = {"a": -0.1, HTML: -3}
+    logprobs = tokens and {
+        "tokens": tokens, "token_logprobs": [-1.0] * len(tokens),
+        "top_logprobs": [top] * len(tokens), "text_offset": [0] * len(tokens),
+    }  # fmt: skip
+    choice = {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": end}
+    usage = {"completion_tokens": 1, "prompt_tokens": 1, "total_tokens": 2}
+    return f"data: {json.dumps({'model': HTML, 'choices': [choice], 'usage': usage})}\n\n"
+
+
+def answer_with(page: Page, *parts: str) -> None:
+    """No model writes HTML on demand, so here the stream is made up."""
+    headers = {"Content-Type": "text/event-stream"}
+    page.route(
+        "**/v1/completions", lambda route: route.fulfill(headers=headers, body="".join(parts))
+    )
+
+
+def test_html_in_prompt_and_text_stays_text(visit: Visit) -> None:
+    page = visit(link(prompt=HTML))
+    done = chunk("", end="stop") + "data: [DONE]\n\n"
+    answer_with(page, ": ping\n\n", chunk(HTML), done)
+    press(page, "Generate")
+    assert finish(page) == HTML + HTML
+    answer_with(page, chunk(HTML, [HTML]), done)
+    page.get_by_label("Token view").check()
+    expect(page.locator(".token")).to_have_text(HTML)
+    page.locator(".token").hover()
+    expect(page.locator(".detail li code").last).to_have_text(HTML.replace(" ", "␣"))
+    expect(page.locator("#runs button span")).to_have_text(HTML)
+    assert page.locator("main img, main script, main b:not(#legend b)").count() == 0
+
+
+def test_html_in_an_error_in_mid_stream_stays_text(visit: Visit) -> None:
+    page = visit(link())
+    answer_with(page, chunk(" so far"), f"data: {json.dumps({'error': {'message': HTML}})}\n\n")
+    press(page, "Generate")
+    assert finish(page) == f"{PROMPT} so far"
+    expect(page.locator(".pane .notice small")).to_have_text(HTML)
+
+
+def test_tokens_that_are_parts_of_a_character_are_shown_together(visit: Visit) -> None:
+    page = visit(link(logprobs=5))
+    parts = ["bytes:\\xf0\\x9f", "bytes:\\x98", "bytes:\\x80", " a", "bytes:\\xe2", "b"]
+    answer_with(
+        page,
+        chunk("", parts[:2]),
+        chunk("😀 a\ufffdb", parts[2:], end="length"),
+        "data: [DONE]\n\n",
+    )
+    press(page, "Generate")
+    finish(page)
+    assert page.locator(".token").all_text_contents() == ["😀", " a", "\ufffd", "b"]
+
+
+# --- Errors, in words ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("I hate it", "The prompt has a word that is not allowed here. Change it and try again."),
+        ("word " * 600, "This is too long for the model."),
+        ("a" * 300_000, "This is too long for the model."),
+        ("a" * 1_100_000, "The prompt is too large to send."),
+        ("nul \0", "The service did not accept this."),
+    ],
+    ids=["forbidden", "too long", "far too long", "too large", "nul"],
+)  # fmt: skip
+def test_error_of_the_prompt(visit: Visit, prompt: str, words: str) -> None:
+    page = visit(refused=True)
+    expect(page.locator("#seed")).to_be_enabled()
+    page.evaluate("text => { document.querySelector('#prompt').value = text }", prompt)
+    press(page, "Generate")
+    expect(page.locator(".pane .notice")).to_contain_text(words)
+    expect(page.locator("#announcer")).to_contain_text(words)
+    expect(page.locator(".pane[aria-busy=true]")).to_have_count(0)
+    expect(page.locator("#runs li")).to_have_count(0)
+
+
+def test_error_busy_counts_down_and_tries_again(
+    visit: Visit, slow: None, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(main.engine.scheduler, "max_num_seqs", 1)
+    monkeypatch.setattr(main.engine.scheduler, "max_queue_size", 1)
+    page = visit(link(max_tokens=5), refused=True)
+    hog = {"prompt": PROMPT, "n": 8, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    notice = page.locator(".pane .notice")
+    with stream(address, hog, "/v1/completions"):
+        press(page, "Generate")
+        expect(notice).to_contain_text("The service is busy: too many requests are waiting.")
+        expect(notice).to_contain_text(re.compile(r"Trying again in \d+ s\."))
+        press(page, "Cancel")
+        expect(notice).to_have_text("Cancelled. Generate tries again.")
+        press(page, "Generate")
+        expect(notice).to_contain_text("Trying again")
+    assert finish(page) == completion(max_tokens=5)
+    expect(notice).to_be_hidden()
+
+
+def test_error_rate_limit_says_how_long(visit: Visit, monkeypatch: pytest.MonkeyPatch) -> None:
+    change_settings(monkeypatch, rate_limit=2)
+    with serve_in_thread(main.RequestContext(main.Gate(main.app, {}))) as address:
+        page = visit(link(max_tokens=3), at=address, refused=True)
+        expect(page.locator("#seed")).to_be_enabled()
+        press(page, "Generate")
+        finish(page)
+        press(page, "Generate")
+        notice = page.locator(".pane .notice")
+        expect(notice).to_contain_text("You have reached your limit for this minute.")
+        expect(notice).to_contain_text("Over the limit of 2 requests a minute")
+        expect(notice).to_contain_text(re.compile(r"Trying again in \d+ s\."))
+        press(page, "Stop")
+        expect(notice).to_have_text("Cancelled. Generate tries again.")
+
+
+def test_error_key_is_asked_for_and_kept_in_the_tab_alone(visit: Visit) -> None:
+    app = main.RequestContext(main.Gate(main.app, {main.digest("open-sesame"): "alice"}))
+    with serve_in_thread(app) as address:
+        permissions = ["clipboard-read", "clipboard-write"]
+        page = visit(link(), at=address, refused=True, permissions=permissions)
+        expect(page.locator("#problem")).to_contain_text("This service needs an API key.")
+        expect(page.locator("#live")).to_be_hidden()
+        for key, words in (
+            ("wörter", "A key has letters"),
+            ("wrong", "does not know this API key"),
+        ):
+            expect(page.locator("#key")).to_be_focused()
+            page.locator("#key").fill(key)
+            page.keyboard.press("Enter")
+            expect(page.locator("#problem")).to_contain_text(words)
+        page.locator("#key").fill("open-sesame")
+        press(page, "Use key")
+        expect(page.locator("#seed")).to_be_enabled()
+        expect(page.locator("#key-field, #problem:not(:empty)")).to_be_hidden()
+        expect(page.locator("#live")).to_be_visible()
+        press(page, "Generate")
+        assert finish(page) == completion()
+        for name, wanted in (("curl", "Bearer $API_KEY"), ("Python", 'os.environ["API_KEY"]')):
+            press(page, f"Copy as {name}")
+            code = page.evaluate("navigator.clipboard.readText()")
+            assert wanted in code
+            assert "open-sesame" not in code
+        assert "open-sesame" not in page.url
+        kept = page.evaluate("[{...localStorage}, document.cookie, sessionStorage.getItem('key')]")
+        assert kept == [{}, "", "open-sesame"]
+
+
+def test_error_stopping_waits_for_what_comes_next(
+    visit: Visit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = visit(link(), refused=True)
+    expect(page.locator("#seed")).to_be_enabled()
+    monkeypatch.setattr(main.drain, "has_begun", True)
+    press(page, "Generate")
+    expect(page.locator(".pane .notice")).to_contain_text("stopping and takes no new work")
+    page.reload()
+    expect(page.locator("#problem")).to_contain_text("The service is stopping")
+    monkeypatch.setattr(main.drain, "has_begun", False)
+    expect(page.locator("#seed")).to_be_enabled()
+    expect(page.locator("#problem")).to_be_hidden()
+
+
+def test_error_timeout_keeps_the_text(
+    visit: Visit, slow: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change_settings(monkeypatch, request_timeout_seconds=0.5)
+    page = visit(link(max_tokens=200))
+    press(page, "Generate")
+    notice = page.locator(".pane .notice")
+    expect(notice).to_contain_text("The text broke off here.")
+    expect(notice).to_contain_text("The request took longer than 0.5 seconds")
+    assert len(finish(page)) > len(PROMPT)
+    expect(page.locator(".end span")).to_have_text("broken off")
+
+
+def test_error_of_the_model_in_mid_stream_keeps_the_text(
+    visit: Visit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, steps = main.engine.model.forward, iter(range(9))
+
+    def fail_later(*args: Any, **kwargs: Any) -> Any:
+        if next(steps, None) is None:
+            raise RuntimeError("injected")
+        return forward(*args, **kwargs)
+
+    page = visit(link())
+    monkeypatch.setattr(main.engine.model, "forward", fail_later)
+    press(page, "Generate")
+    expect(page.locator(".pane .notice")).to_contain_text("Model inference failed")
+    assert len(finish(page)) > len(PROMPT)
+
+
+# --- Compare, and a service that goes -----------------------------------------------------------
+
+
+def test_compare_shows_models_side_by_side(visit: Visit, two_models: Served) -> None:
+    page = visit(at=two_models.address, viewport={"width": 1440, "height": 900})
+    expect(page.locator("#models input")).to_have_count(2)
+    page.get_by_label("second-tales").check()
+    page.get_by_label("Prompt").fill(PROMPT)
+    press(page, "Generate")
+    finish(page)
+    assert page.locator(".pane h3").all_text_contents() == ["gpt2-tales", "second-tales"]
+    first, second = (pane.bounding_box() for pane in page.locator(".pane").all())
+    assert first
+    assert second
+    assert first["y"] == second["y"]
+    assert first["x"] + first["width"] < second["x"]
+    texts = page.locator(".text").all_text_contents()
+    assert texts[0] == texts[1]  # the same weights and the same seed
+    assert fragment(page)["model"] == ["gpt2-tales", "second-tales"]
+    page.reload()
+    expect(page.locator("#models input:checked")).to_have_count(2)
+
+
+def test_compare_eight_sequences_of_each_fit(visit: Visit, two_models: Served) -> None:
+    both = ["gpt2-tales", "second-tales"]
+    page = visit(link(n=8, max_tokens=20, prompt="long " * 80, logprobs=5, model=both),
+                 at=two_models.address, viewport={"width": 360, "height": 780})  # fmt: skip
+    press(page, "Generate")
+    finish(page)
+    expect(page.locator(".text")).to_have_count(16)
+    assert not is_wider_than_the_window(page)
+    page.locator("#runs button").click()
+    expect(page.locator(".text")).to_have_count(16)
+
+
+def test_error_gone_in_mid_stream_keeps_the_text_and_says_when_it_is_back(
+    visit: Visit, two_models: Served
+) -> None:
+    """The last one of that process."""
+    page = visit(link(max_tokens=200, n=8), at=two_models.address, refused=True)
+    expect(page.locator("#seed")).to_be_enabled()
+    press(page, "Generate")
+    expect(page.locator(".text").first).to_contain_text(re.compile(f"{PROMPT} ?[a-z,]"))
+    two_models.process.kill()
+    notice = page.locator(".pane .notice")
+    expect(notice).to_contain_text("The service does not answer")
+    assert len(finish(page)) > len(PROMPT)
+    with serve_in_thread(main.app, int(two_models.address.rpartition(":")[2])):
+        expect(notice).to_have_text("The service is back. Generate again.")
+        press(page, "Generate")
+        expect(page.locator(".end span").first).to_have_text("reached the length of 200 tokens")
+
+
+# --- For everybody ------------------------------------------------------------------------------
+
+
+def is_wider_than_the_window(page: Page) -> bool:
+    return page.evaluate("document.documentElement.scrollWidth > innerWidth")
+
+
+def test_keyboard_alone_is_enough(visit: Visit) -> None:
+    """From the top by Tab: every stop has a name and a visible focus."""
+    page = visit()
+    stops = []
+    while True:
+        page.keyboard.press("Tab")
+        focused = page.evaluate("""() => {
+          const e = document.activeElement;
+          if (e === document.body) return null;
+          const name = e.ariaLabel ?? e.labels?.[0]?.textContent ?? e.textContent;
+          return [e.id || name, name.trim(), getComputedStyle(e).outlineStyle];
+        }""")
+        if focused is None or focused[0] in {stop[0] for stop in stops}:
+            break
+        stops.append(focused)
+    assert all(name and outline != "none" for _, name, outline in stops), stops
+    order = [id_ for id_, *_ in stops]
+    wanted = ["prompt", "stop", "logprobs", "max_tokens", "temperature", "seed", "dice"]
+    assert [each for each in order if each in wanted] == wanted
+    page.locator("#prompt").focus()
+    page.keyboard.type(PROMPT)
+    page.keyboard.press("Control+Enter")
+    finish(page)
+    expect(page.locator("#prompt")).to_be_focused()
+
+
+WORD = "Donaudampfschifffahrt" * 12
+RTL = "היה היה פעם מלך 😀"
+
+
+@pytest.mark.parametrize("prompt", [WORD, RTL], ids=["long word", "right to left"])
+def test_narrow_window_needs_no_sideways_scrolling(visit: Visit, prompt: str) -> None:
+    """360 px; also what 720 px are at a zoom of 200 %."""
+    page = visit(link(prompt=prompt, n=2), viewport={"width": 360, "height": 780})
+    press(page, "Generate")
+    finish(page)
+    assert not is_wider_than_the_window(page)
+    if prompt == RTL:
+        right = "e => e.getBoundingClientRect().right"
+        texts, prompts = (page.locator(name).first for name in (".text", ".given"))
+        assert texts.evaluate(right) - prompts.evaluate(right) < 2
+
+
+@pytest.mark.parametrize(
+    ("width", "scheme"), [(360, "dark"), (360, "light"), (1440, "dark"), (1440, "light")]
+)
+def test_accessibility_check_finds_nothing(visit: Visit, width: int, scheme: Any) -> None:
+    """axe, with everything open at once: a problem, the key's field, tokens and a detail."""
+    page = visit(
+        link(logprobs=5, n=2, max_tokens=60),
+        viewport={"width": width, "height": 900},
+        color_scheme=scheme,
+    )
+    assert Axe().run(page).violations_count == 0
+    press(page, "Generate")
+    finish(page)
+    page.locator("#top_p").fill("7")
+    press(page, "Generate")
+    page.evaluate("document.querySelector('#key-field').hidden = false")
+    page.locator(".token").nth(5).focus()
+    expect(page.locator(".detail").first).to_be_visible()
+    found = Axe().run(page)
+    assert found.violations_count == 0, found.generate_report()
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert background == {"dark": "rgb(21, 24, 27)", "light": "rgb(250, 249, 246)"}[scheme]
+
+
+def test_reduced_motion_stills_the_caret(visit: Visit, slow: None) -> None:
+    for motion, name in (("reduce", "none"), ("no-preference", "blink")):
+        page = visit(link(max_tokens=200), reduced_motion=motion)
+        press(page, "Generate")
+        expect(page.locator(".text")).to_contain_text(re.compile(f"{PROMPT} ?[a-z,]"))
+        caret = page.locator(".caret")
+        assert caret.evaluate("e => getComputedStyle(e).animationName") == name
+
+
+def test_first_paint_needs_nothing_but_the_document(visit: Visit) -> None:
+    page = visit(java_script_enabled=False)
+    expect(page.get_by_label("Prompt")).to_be_visible()
+    background = page.locator(".main").evaluate("e => getComputedStyle(e).backgroundColor")
+    assert background == "rgb(20, 96, 107)"
+
+
+# --- History, and the service now ---------------------------------------------------------------
+
+
+def test_history_brings_back_and_is_cleared(visit: Visit) -> None:
+    page = visit(link())
+    press(page, "Generate")
+    text = finish(page)
+    page.locator("#prompt").fill("Deep in the forest")
+    page.locator("#temperature").fill("0.4")
+    press(page, "Generate")
+    expect(page.locator("#runs li")).to_have_count(2)
+    page.reload()  # it is the tab's
+    expect(page.locator("#seed")).to_be_enabled()
+    page.locator("#runs button").last.click()
+    assert finish(page) == text
+    expect(page.locator("#prompt")).to_have_value(PROMPT)
+    expect(page.locator("#temperature")).to_have_value("1")
+    press(page, "Clear history")
+    expect(page.locator("#runs li")).to_have_count(0)
+    assert page.evaluate("sessionStorage.runs") == "[]"
+
+
+def test_live_panel_follows_the_service(visit: Visit, slow: None, address: str) -> None:
+    page = visit()
+    expect(page.locator("#running")).to_have_text("0")
+    hog = {"prompt": PROMPT, "n": 3, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with stream(address, hog, "/v1/completions"):
+        expect(page.locator("#running")).to_have_text("3")
+        expect(page.locator("#rate")).not_to_have_text("0")
+    expect(page.locator("#running")).to_have_text("0")
+    points = page.locator("#spark polyline").get_attribute("points") or ""
+    assert len(points.split()) >= 2
