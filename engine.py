@@ -166,6 +166,7 @@ class StepStats:
     inter_token_seconds: list[float] = field(default_factory=list)
     finished: list[tuple[FinishReason, float]] = field(default_factory=list)
     num_rollbacks: int = 0
+    num_untimed_tokens: int = 0  # generated besides those that the lists of seconds tell of
 
 
 class TextFilter(Protocol):
@@ -217,6 +218,10 @@ class Request:
         self.num_sequences = num_sequences
         self.first_index = first_index  # of its sequences among those submitted together
         self.deltas = asyncio.Queue() if deltas is None else deltas
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
 
 
 class Sequence:

@@ -11,7 +11,8 @@ The path of a request: RequestContext (request id, log line) -> CORS -> Gate (AP
 rate limits) -> body limit -> schema in models.py -> content filter -> tokens ->
 `Engine.submit`, which refuses at once when its queue is full -> text, filtered again ->
 response. Everything in this module runs on the event loop and never computes for long, or
-in a short-lived thread; the engine's thread owns the model (engine.py).
+in a short-lived thread; the engine's thread owns the model (engine.py). For a model on another
+server, text goes to `ExternalEngine.submit` (external.py) in place of tokens.
 """
 
 import asyncio
@@ -38,7 +39,7 @@ import uuid
 from abc import ABC, abstractmethod
 from base64 import b64encode
 from bisect import bisect_left
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -48,7 +49,7 @@ from itertools import groupby
 from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 from urllib.parse import quote, unquote
 
 # Read once, when torch is loaded: how long its threads spin before they sleep. The default, some
@@ -102,8 +103,10 @@ from engine import (
     native_dtype,
 )
 from engine import Request as EngineRequest
+from external import BusyError, ExternalDelta, ExternalEngine, RefusedError, UnreachableError
 
 logger = logging.getLogger("service")
+T = TypeVar("T")
 
 BUNDLED_MODEL = Path(__file__).parent / "gpt2-tales"
 HUB_PROBE_SECONDS = 3.0
@@ -122,7 +125,8 @@ class Settings(BaseSettings):
 
     model_name: str | None = Field(
         default=None,
-        description="Hugging Face ids or folders, comma-separated; the first is the default. "
+        description="Hugging Face ids or folders, or `name=https://host/v1` for a model on "
+        "another server, comma-separated; the first is the default. "
         "Unset: `gpt2` from the local cache or the hub, else the bundled `gpt2-tales`.",
     )
     max_loaded_models: int | None = Field(
@@ -130,6 +134,9 @@ class Settings(BaseSettings):
         ge=1,
         description="Models in memory at the same time; a request for another one swaps it in. "
         "Unset: all.",
+    )
+    external_api_key: SecretStr | None = Field(
+        default=None, description="Sent to every external server as its bearer token."
     )
     forbidden_words: str = Field(
         default="hate*,violence",
@@ -318,7 +325,7 @@ def set_up_logging() -> None:
         return True
 
     handler.addFilter(add_request_id)
-    for name in ("service", "engine"):
+    for name in ("service", "engine", "external"):
         logging.getLogger(name).handlers[:] = [handler]
         logging.getLogger(name).setLevel(settings.log_level)
     logging.getLogger("uvicorn.access").disabled = True
@@ -595,10 +602,13 @@ class ModelMetrics:
 
     def observe(self, stats: StepStats) -> None:
         """Called in the engine's thread, after each step."""
-        self.step.observe(stats.num_rows)
+        if stats.num_rows:  # None of what an external server computes is known.
+            self.step.observe(stats.num_rows)
         self.prompt_tokens.inc(stats.num_prompt_tokens)
         self.generation_tokens.inc(
-            len(stats.time_to_first_token_seconds) + len(stats.inter_token_seconds)
+            len(stats.time_to_first_token_seconds)
+            + len(stats.inter_token_seconds)
+            + stats.num_untimed_tokens
         )
         for histogram, seconds in (
             (self.queue, stats.queue_seconds),
@@ -612,11 +622,14 @@ class ModelMetrics:
             self.request.observe(request_seconds)
         self.rolled_back.inc(stats.num_rollbacks)
 
-    def watch(self, served: Engine) -> None:
+    def watch(self, served: Engine | ExternalEngine) -> None:
         """From now on a scrape reads the engine's own counts."""
         self.RUNNING.labels(self.name).set_function(lambda: served.num_running)
         self.WAITING.labels(self.name).set_function(lambda: served.num_waiting)
         self.HEALTHY.labels(self.name).set_function(lambda: served.is_healthy)
+        if isinstance(served, ExternalEngine):
+            self.ABOUT.labels(self.name, "external", "external").set(1)
+            return
         self.LOADED.labels(self.name).set_function(lambda: served.is_loaded)
         self.SLOTS.labels(self.name).set(served.scheduler.max_num_seqs)
         model = served.model
@@ -661,15 +674,52 @@ def hub_has(name: str) -> bool:
 
 
 def find_models(model_name: str) -> dict[str, str]:
-    """For each model to serve, by the name it is served under, the folder or id to load."""
+    """For each model to serve, by the name it is served under, the folder, id or URL to load."""
     sources = {}
     for entry in filter(None, (part.strip() for part in model_name.split(","))):
         is_folder = Path(entry).is_dir()
-        name = Path(entry).resolve().name if is_folder else entry
+        external = EXTERNAL.fullmatch(entry)
+        name = Path(entry).resolve().name if is_folder else external[1] if external else entry
         if name in sources:
             sys.exit(f"Invalid settings. MODEL_NAME: names {name!r} twice")
-        sources[name] = entry if is_folder else cached_folder(entry) or entry
+        if external:
+            sources[name] = external[2]
+        else:
+            sources[name] = entry if is_folder else cached_folder(entry) or entry
     return sources
+
+
+EXTERNAL = re.compile(r"([^=]+)=(https?://.*)")
+
+
+def connect(name: str, source: str) -> tuple[None, ExternalEngine]:
+    """The engine of a model on another server, which need not answer yet. source: the base of
+    its OpenAI routes, and after a `#` the model's name there if it is another."""
+    try:
+        url = httpx.URL(source)
+    except httpx.InvalidURL:
+        url = httpx.URL()
+    if not url.host or url.userinfo or url.query:  # what stands in a URL ends up in logs
+        sys.exit(
+            f"Invalid settings. MODEL_NAME: the address of {name!r} is not https://host/v1; a "
+            "key belongs in EXTERNAL_API_KEY"
+        )
+    key = settings.external_api_key
+    if key and not re.fullmatch("[!-~]+", key.get_secret_value()):
+        sys.exit("Invalid settings. EXTERNAL_API_KEY: has other than ASCII letters and signs")
+    metrics = ModelMetrics(name)
+    served = ExternalEngine(
+        name,
+        str(url.copy_with(fragment=None)).rstrip("/"),
+        upstream_name=unquote(url.fragment) or name,
+        api_key=key.get_secret_value() if key else None,
+        max_num_requests=settings.max_num_seqs + settings.max_queue_size,
+        text_filter=content_filter if settings.filter_output else None,
+        on_step=metrics.observe,
+    )
+    metrics.watch(served)
+    logger.info("%s is on %s", name, served.url)
+    return None, served
 
 
 def load_pipeline(name: str, source: str) -> Any:
@@ -724,34 +774,38 @@ class Swap:
         torch.set_num_threads(1)  # of this thread; `computing_thread` tells why
         while True:
             name, source = self.needed.get()
-            if engines[name].is_loaded or not engines[name].num_waiting:
+            needed = local_engine(name)
+            if needed.is_loaded or not needed.num_waiting:
                 continue  # another request for it came first
             self.loading = name
             try:
-                while (
-                    len(loaded := [each for each in engines if engines[each].is_loaded])
-                    >= self.max_loaded
-                ):
-                    self.unload(min(loaded, key=lambda each: engines[each].last_request_id))
-                model = load_pipeline(name, source).model
-                engines[name].load(model)
-                generators[name].model = model
-                del model
+                while len(loaded := loaded_names()) >= self.max_loaded:
+                    oldest = min(loaded, key=lambda each: local_engine(each).last_request_id)
+                    unload(generators[oldest], local_engine(oldest))
+                    logger.info("unloaded %s", oldest)
+                generators[name].model = load_pipeline(name, source).model
+                needed.load(generators[name].model)
             except Exception:
                 logger.exception("cannot load %s", name)
-                engines[name].fail_waiting()
+                needed.fail_waiting()
             self.loading = None
 
-    def unload(self, name: str) -> None:
-        generators[name].model = None
-        engines[name].unload()
-        logger.info("unloaded %s", name)
+
+def unload(loaded: Any, served: Engine) -> None:
+    """Takes a model out of memory; its tokenizer stays."""
+    loaded.model = None
+    served.unload()
+
+
+def loaded_names() -> list[str]:
+    """The models that run here and are in memory."""
+    return [name for name in generators if local_engine(name).is_loaded]
 
 
 swap = Swap()
 
 
-def load_all(model_name: str | None) -> dict[str, tuple[Any, Engine]]:
+def load_all(model_name: str | None) -> dict[str, tuple[Any, Engine | ExternalEngine]]:
     """The models to serve by name, the default first.
 
     A named model that cannot be loaded ends the process with one line. Without a name it is
@@ -767,21 +821,24 @@ def load_all(model_name: str | None) -> dict[str, tuple[Any, Engine]]:
         name = BUNDLED_MODEL.name
         logger.warning("gpt2 is %s: serving %s, the small bundled model", reason, name)
         return {name: load_generator(name, str(BUNDLED_MODEL))}
-    loaded = {}
     sources = find_models(model_name)
-    most = settings.max_loaded_models or len(sources)
-    for number, (name, source) in reversed(list(enumerate(sources.items(), start=1))):
+    external = [name for name in sources if sources[name].startswith(("http://", "https://"))]
+    local = [name for name in sources if name not in external]
+    most = settings.max_loaded_models or len(local)
+    loaded: dict[str, tuple[Any, Engine | ExternalEngine]] = {
+        name: connect(name, sources[name]) for name in external
+    }
+    for number, name in reversed(list(enumerate(local, start=1))):  # the default one stays
         try:
-            loaded[name] = load_generator(name, source)
+            loaded[name] = generator, engine = load_generator(name, sources[name])
             if number > most:
-                loaded[name][0].model = None
-                loaded[name][1].unload()
+                unload(generator, engine)
         except Exception as error:  # of many libraries, each with errors of its own
             logger.debug("cannot load %s", name, exc_info=True)
             sys.exit(f"MODEL_NAME: cannot load {name!r}: {first_line(error)}")
     if not loaded:
         sys.exit("Invalid settings. MODEL_NAME: names no model")
-    if most < len(loaded):
+    if most < len(local):
         swap.begin(most)
     return {name: loaded[name] for name in sources}
 
@@ -793,10 +850,16 @@ def first_line(error: Exception) -> str:
 logger.info("settings: %s", settings.model_dump(mode="json"))
 torch.set_num_threads(1)  # of this thread; `computing_thread` tells why
 served_models = load_all(settings.model_name)
-generators = {name: loaded for name, (loaded, _) in served_models.items()}
+generators = {name: loaded for name, (loaded, _) in served_models.items() if loaded}
 engines = {name: served for name, (_, served) in served_models.items()}
 default_model_name = next(iter(engines))
 generator, engine = served_models[default_model_name]
+
+
+def local_engine(name: str) -> Engine:
+    """The engine of a model that runs here."""
+    return cast(Engine, engines[name])
+
 
 # --- The app ------------------------------------------------------------------------------------
 
@@ -902,6 +965,7 @@ class RequestContext:
         method = scope["method"] if scope["method"] in METHODS else "other"
         requests: list[EngineRequest] = facts.pop("requests", [])
         if requests:
+            facts["prompt_tokens"] = sum(request.num_prompt_tokens for request in requests)
             facts["generated_tokens"] = num_generated_tokens(requests)
         waited = [r.queue_seconds for r in requests if r.queue_seconds is not None]
         if waited:
@@ -1163,6 +1227,9 @@ app.add_middleware(RequestContext)
 OVERLOADED = "Too many requests are waiting; try again shortly"
 STOPPING = "The service is stopping"
 FORBIDDEN_PROMPT = "Prompt contains inappropriate content"
+UNREACHABLE = "The external model cannot be reached; try again shortly"
+BUSY = "The external model takes no more requests; try again shortly"
+REFUSED = "The external model refused the request"
 
 
 class ClientGoneError(Exception):
@@ -1217,6 +1284,26 @@ async def refuse_overload(http: Request, error: QueueFullError) -> JSONResponse:
 async def refuse_stopped(http: Request, error: EngineStoppedError) -> JSONResponse:
     headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
     return error_response(http.scope, 503, STOPPING, headers)
+
+
+@app.exception_handler(UnreachableError)
+async def refuse_unreachable(http: Request, error: UnreachableError) -> JSONResponse:
+    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
+    return error_response(http.scope, 503, UNREACHABLE, headers)
+
+
+@app.exception_handler(BusyError)
+async def refuse_busy(http: Request, error: BusyError) -> JSONResponse:
+    headers = {"Retry-After": str(error.retry_after_seconds)}
+    return error_response(http.scope, 503, BUSY, headers)
+
+
+@app.exception_handler(RefusedError)
+async def report_refused(http: Request, error: RefusedError) -> JSONResponse:
+    if http.scope["path"].startswith("/v1/"):
+        return JSONResponse(openai_error(400, REFUSED, code=error.code), 400)
+    source = "query" if http.method == "GET" else "body"
+    return await refuse_invalid(http, invalid(source, msg=REFUSED))
 
 
 @app.exception_handler(InferenceError)
@@ -1299,15 +1386,19 @@ def new_token_budget(
 
 def is_forbidden_prompt(model_name: str, *texts: str, token_ids: list[int]) -> bool:
     """Whether a prompt holds a forbidden word, as it was written or as the model reads it: past
-    a special token in the middle of a word. A hit is counted."""
-    read = generators[model_name].tokenizer.decode(token_ids, skip_special_tokens=True)
+    a special token in the middle of a word. A hit is counted. token_ids: none of a model that
+    is not here."""
+    read = ""
+    if token_ids:
+        read = generators[model_name].tokenizer.decode(token_ids, skip_special_tokens=True)
     if not any(map(content_filter.find, (*texts, read))):
         return False
     FILTER_HITS.labels("prompt").inc()
     return True
 
 
-def submit(
+async def submit(
+    http: Request,
     model_name: str,
     prompt: str,
     body: Any,
@@ -1320,11 +1411,14 @@ def submit(
     """The request, queued. body: has the fields of models.SamplingParams and LengthParams.
 
     Raises HTTPException 400 for a forbidden prompt, RequestValidationError for one that
-    does not fit, QueueFullError.
+    does not fit, QueueFullError, and what `ExternalEngine.submit` does.
     """
     if settings.log_prompts:
         note(prompt=prompt)
-    tokenizer, chosen = generators[model_name].tokenizer, engines[model_name]
+    if isinstance(engines[model_name], ExternalEngine):
+        sending = submit_external(model_name, prompt, body, source, num_sequences, streams)
+        return await unless_client_goes(http, sending)
+    tokenizer, chosen = generators[model_name].tokenizer, local_engine(model_name)
     written = prompt
     if is_chat and tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
@@ -1351,14 +1445,57 @@ def submit(
     return request
 
 
+async def submit_external(
+    model_name: str, prompt: str, body: Any, source: str, num_sequences: int, streams: bool
+) -> EngineRequest:
+    """The same for a model on another server: the request, which has begun to be answered."""
+    chosen = cast(ExternalEngine, engines[model_name])
+    if is_forbidden_prompt(model_name, prompt, token_ids=[]):
+        raise HTTPException(400, FORBIDDEN_PROMPT)
+    place: dict[str, Any] = {
+        "request_id": request_id.get(),
+        "arrived_seconds": time.monotonic(),
+        "timeout_seconds": settings.request_timeout_seconds,
+    }
+    context_tokens = chosen.max_model_len or sys.maxsize
+    num_new_tokens = body.max_new_tokens or body.max_length
+    num_prompt_tokens = 0  # while it makes no difference: to count them costs a request
+    counts_prompt = body.max_new_tokens is None and "max_length" in body.model_fields_set
+    # A token is a byte or more, but for the one that some models begin with.
+    if counts_prompt or len(prompt.encode()) + 1 + num_new_tokens > context_tokens:
+        num_prompt_tokens = await chosen.count_prompt_tokens(prompt, **place)
+    sent = {
+        "prompt": prompt,
+        "max_tokens": new_token_budget(body, num_prompt_tokens, context_tokens, source),
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "n": num_sequences,
+    }
+    if body.seed is not None:
+        sent["seed"] = body.seed
+    if body.stop:
+        sent["stop"] = body.stop
+    if "top_k" in body.model_fields_set:  # no field of OpenAI's own
+        sent["top_k"] = body.top_k
+    request = await chosen.submit(
+        "completions",
+        sent,
+        prompt_texts=[prompt],
+        num_sequences=num_sequences,
+        streams=streams,
+        **place,
+    )
+    note_submitted(model_name, [request])
+    return request
+
+
 def note_submitted(model_name: str, requests: list[EngineRequest]) -> None:
-    """Puts a request's model and prompts down for its log line."""
+    """Puts a request and its model down for its log line."""
     facts = request_facts.get()
     if facts is not None:
         known: list[EngineRequest] = facts.setdefault("requests", [])
         known += requests
         facts["model"] = f"{facts['model']},{model_name}" if "model" in facts else model_name
-        facts["prompt_tokens"] = sum(len(request.prompt_token_ids) for request in known)
 
 
 def num_generated_tokens(requests: list[EngineRequest]) -> int:
@@ -1369,6 +1506,22 @@ async def client_gone(receive: Receive) -> None:
     """Returns once the client has closed the connection; the body has been read before."""
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def unless_client_goes(http: Request, work: Awaitable[T]) -> T:
+    """What work returns. Raises ClientGoneError, and cancels it, once the client goes."""
+    working = asyncio.ensure_future(work)
+    gone = asyncio.create_task(client_gone(http.receive))
+    pending: set[asyncio.Future[Any]] = {working, gone}
+    try:
+        await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGoneError
+        return working.result()
+    finally:
+        gone.cancel()
+        working.cancel()
+        working.add_done_callback(lambda _: working.cancelled() or working.exception())
 
 
 async def complete(
@@ -1386,17 +1539,9 @@ async def complete(
             for name, requests in submitted
         )
     )
-    gone = asyncio.create_task(client_gone(http.receive))
-    pending: set[asyncio.Future[Any]] = {finished, gone}
     try:
-        await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-        if not finished.done():
-            raise ClientGoneError
-        return finished.result()
+        return await unless_client_goes(http, finished)
     finally:
-        gone.cancel()
-        finished.cancel()
-        finished.add_done_callback(lambda _: finished.cancelled() or finished.exception())
         for name, requests in submitted:
             engines[name].abort(*requests)
 
@@ -1579,8 +1724,11 @@ async def health() -> Any:
 async def ready() -> Any:
     """Readiness: 200 once a request would be accepted, else 503 and why not."""
     status = "ready"
+    # What runs elsewhere holds up only a service that has nothing else to answer with.
+    if all(isinstance(each, ExternalEngine) and not each.is_healthy for each in engines.values()):
+        status = "no external model can be reached"
     for name, each in engines.items():
-        if not each.is_healthy:
+        if not isinstance(each, ExternalEngine) and not each.is_healthy:
             status = f"the engine of {name} keeps failing"
         elif each.is_full:
             status = f"the queue of {name} is full"
@@ -1589,7 +1737,7 @@ async def ready() -> Any:
     content = {
         "status": status,
         "model_names": list(engines),
-        "loaded_model_names": [name for name, each in engines.items() if each.is_loaded],
+        "loaded_model_names": loaded_names(),
         "loading_model_name": swap.loading,
     }
     return JSONResponse(content, 200 if status == "ready" else 503)
@@ -1605,7 +1753,7 @@ async def generate(http: Request, body: models.GenerateRequest) -> Any:
     """Continues a prompt. With `"stream": true` the text comes as server-sent events:
     `{"text": delta}` as it is made, then one with the whole response."""
     name = served_name(body.model)
-    request = submit(name, body.prompt, body, streams=body.stream)
+    request = await submit(http, name, body.prompt, body, streams=body.stream)
     if body.stream:
         events = generate_events(name, body.prompt, request)
         return GenerationStream(events, lambda: engines[name].abort(request), "text/event-stream")
@@ -1622,15 +1770,23 @@ async def generate(http: Request, body: models.GenerateRequest) -> Any:
 )
 async def generate_texts(http: Request, body: models.GenerateTextRequest) -> Any:
     """Every served model continues the same prompt, side by side."""
-    submitted: dict[str, list[EngineRequest]] = {}
-    try:
-        for name in engines:
-            request = submit(name, body.prompt, body, num_sequences=body.num_return_sequences)
-            submitted[name] = [request]
-    except Exception:
-        for name, requests in submitted.items():
-            engines[name].abort(*requests)
-        raise
+    answers = await asyncio.gather(
+        *(
+            submit(http, name, body.prompt, body, num_sequences=body.num_return_sequences)
+            for name in engines
+        ),
+        return_exceptions=True,
+    )
+    submitted = {
+        name: [answer]
+        for name, answer in zip(engines, answers, strict=True)
+        if isinstance(answer, EngineRequest)
+    }
+    for answer in answers:
+        if isinstance(answer, BaseException):
+            for name, requests in submitted.items():
+                engines[name].abort(*requests)
+            raise answer
     drawn = await complete(http, submitted.items())
     return {
         "generated_texts": {
@@ -1640,9 +1796,11 @@ async def generate_texts(http: Request, body: models.GenerateTextRequest) -> Any
     }
 
 
-def stream_plain(body: models.TextRequest | models.TextQuery, source: str) -> Response:
+async def stream_plain(
+    http: Request, body: models.TextRequest | models.TextQuery, source: str
+) -> Response:
     name = served_name(body.model)
-    request = submit(name, body.prompt, body, source=source, streams=True, is_chat=True)
+    request = await submit(http, name, body.prompt, body, source=source, streams=True, is_chat=True)
     chunks = generate_plain(name, request)
     return GenerationStream(chunks, lambda: engines[name].abort(request), "text/plain")
 
@@ -1650,17 +1808,19 @@ def stream_plain(body: models.TextRequest | models.TextQuery, source: str) -> Re
 @app.get(
     "/generate/text", responses=ERRORS | PLAIN_TEXT, response_class=Response, tags=["generation"]
 )
-async def generate_text_from_query(query: Annotated[models.TextQuery, Query()]) -> Response:
+async def generate_text_from_query(
+    http: Request, query: Annotated[models.TextQuery, Query()]
+) -> Response:
     """The continuation as plain text while it is generated, for `curl -N`."""
-    return stream_plain(query, "query")
+    return await stream_plain(http, query, "query")
 
 
 @app.post(
     "/generate/text", responses=ERRORS | PLAIN_TEXT, response_class=Response, tags=["generation"]
 )
-async def generate_text(body: models.TextRequest) -> Response:
+async def generate_text(http: Request, body: models.TextRequest) -> Response:
     """The same with a JSON body."""
-    return stream_plain(body, "body")
+    return await stream_plain(http, body, "body")
 
 
 # --- OpenAI routes ------------------------------------------------------------------------------
@@ -1700,7 +1860,7 @@ def check_length(num_tokens: int, max_tokens: int, context_tokens: int) -> None:
 def encode(model_name: str, text: str, max_tokens: int, **options: bool) -> list[int]:
     """The token ids of text. Raises OpenAIError 400, and does so without encoding it when it is
     too long by its characters alone: a megabyte would hold everybody up for a second."""
-    context_tokens = engines[model_name].max_model_len
+    context_tokens = local_engine(model_name).max_model_len
     at_least = math.ceil(len(text) / longest_token_characters(model_name))
     if at_least > context_tokens:
         check_length(at_least, max_tokens, context_tokens)
@@ -1710,16 +1870,22 @@ def encode(model_name: str, text: str, max_tokens: int, **options: bool) -> list
     return token_ids
 
 
-def completion_prompts(
-    model_name: str, body: models.CompletionRequest
-) -> tuple[list[str], list[list[int]]]:
-    """The prompts as text and as token ids. Raises OpenAIError 400."""
-    tokenizer, chosen = generators[model_name].tokenizer, engines[model_name]
+def listed_prompts(body: models.CompletionRequest) -> list[str | list[int]]:
+    """Each prompt, as a text or as token ids. Raises OpenAIError 400 for too many."""
     is_one = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
     prompts = cast(list[str | list[int]], [body.prompt] if is_one else body.prompt)
     if len(prompts) > settings.max_queue_size:
         message = f"prompt: at most {settings.max_queue_size} in one request"
         raise OpenAIError(400, message, param="prompt")
+    return prompts
+
+
+def completion_prompts(
+    model_name: str, body: models.CompletionRequest
+) -> tuple[list[str], list[list[int]]]:
+    """The prompts as text and as token ids. Raises OpenAIError 400."""
+    tokenizer, chosen = generators[model_name].tokenizer, local_engine(model_name)
+    prompts = listed_prompts(body)
     prompt_texts: list[str] = []
     prompts_token_ids: list[list[int]] = []
     for prompt in prompts:
@@ -1776,7 +1942,7 @@ def openai_params(
     num_prompt_logprobs: int | None = None,
 ) -> SamplingParams:
     """The engine's parameters. Raises OpenAIError 400 for what depends on the model."""
-    vocab_size = engines[model_name].vocab_size
+    vocab_size = local_engine(model_name).vocab_size
     logit_bias = {int(token_id): bias for token_id, bias in body.logit_bias.items()}
     if body.top_k > vocab_size:
         raise OpenAIError(400, f"top_k: goes up to {vocab_size}", param="top_k")
@@ -1921,6 +2087,21 @@ class Choice:
         return {"content": content, "refusal": None}
 
 
+class UpstreamChoice:
+    """The log probabilities of one choice as an external server gives them."""
+
+    def completion_logprobs(
+        self, delta: Delta, prompt: tuple[str, EngineRequest] | None
+    ) -> dict[str, Any]:
+        given = cast(ExternalDelta, delta).upstream_logprobs
+        fields = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        return given.model_dump() if given else {name: [] for name in fields}
+
+    def chat_logprobs(self, delta: Delta) -> dict[str, Any]:
+        given = cast(ExternalDelta, delta).upstream_logprobs
+        return given.model_dump() if given else {"content": [], "refusal": None}
+
+
 class Answer(ABC):
     """What a `/v1` route answers, whole or as a stream of chunks."""
 
@@ -1938,8 +2119,7 @@ class Answer(ABC):
         self.requests = requests
         self.body = body
         num_choices = sum(request.num_sequences for request in requests)
-        self.choices = [Choice(model_name) for _ in range(num_choices)]
-        self.num_prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
+        self.choices = [self.new_choice() for _ in range(num_choices)]
         self.num_completion_tokens = 0
         described = (model_name, torch.__version__, settings.dtype, settings.quantization)
         self.head = {
@@ -1949,11 +2129,15 @@ class Answer(ABC):
             "system_fingerprint": "fp_" + hashlib.sha256(repr(described).encode()).hexdigest()[:10],
         }
 
+    def new_choice(self) -> Choice | UpstreamChoice:
+        return Choice(self.model_name)
+
     def usage(self) -> dict[str, int]:
+        num_prompt_tokens = sum(request.num_prompt_tokens for request in self.requests)
         return {
-            "prompt_tokens": self.num_prompt_tokens,
+            "prompt_tokens": num_prompt_tokens,
             "completion_tokens": self.num_completion_tokens,
-            "total_tokens": self.num_prompt_tokens + self.num_completion_tokens,
+            "total_tokens": num_prompt_tokens + self.num_completion_tokens,
         }
 
     @abstractmethod
@@ -2036,18 +2220,23 @@ class CompletionAnswer(Answer):
         return [self.choice(delta, is_first)]
 
     def chosen(self, deltas: list[Delta]) -> list[Delta]:
-        num_drawn, num_given = self.requests[0].num_sequences, self.body.n
+        num_drawn, num_given = self.body.best_of or self.body.n, self.body.n
         if num_drawn == num_given:
             return deltas
 
         def mean_logprob(delta: Delta) -> float:
-            return fmean(token.logprob for token in delta.logprobs) if delta.logprobs else -math.inf
+            logprobs = self.logprobs(delta)
+            return fmean(logprobs) if logprobs else -math.inf
 
         best = []
         for start in range(0, len(deltas), num_drawn):
             drawn = deltas[start : start + num_drawn]
             best += sorted(drawn, key=mean_logprob, reverse=True)[:num_given]
         return best
+
+    def logprobs(self, delta: Delta) -> list[float]:
+        """Of the tokens of a choice."""
+        return [token.logprob for token in delta.logprobs]
 
     async def whole(self, http: Request) -> dict[str, Any]:
         answer = await super().whole(http)
@@ -2076,6 +2265,82 @@ class ChatAnswer(Answer):
         role = {"role": "assistant", "content": ""}
         start = {"index": delta.index, "delta": role, "logprobs": None, "finish_reason": None}
         return [start] * is_first + [{"delta": {"content": delta.text}, **self.rest(delta)}]
+
+
+class FromUpstream(Answer):
+    """An answer whose log probabilities and usage are those of an external server. It has one
+    request, whatever the number of prompts."""
+
+    def new_choice(self) -> UpstreamChoice:
+        return UpstreamChoice()
+
+    def usage(self) -> dict[str, int]:
+        self.num_completion_tokens = num_generated_tokens(self.requests)
+        return super().usage()
+
+
+class UpstreamCompletion(FromUpstream, CompletionAnswer):
+    def logprobs(self, delta: Delta) -> list[float]:
+        given = self.choices[delta.index].completion_logprobs(delta, None)["token_logprobs"]
+        return [logprob for logprob in given if logprob is not None]
+
+
+class UpstreamChat(FromUpstream, ChatAnswer):
+    pass
+
+
+async def submit_upstream(
+    model_name: str,
+    route: Literal["completions", "chat/completions"],
+    body: models.CompletionRequest | models.ChatCompletionRequest,
+    texts: list[str],
+    prompt_texts: list[str],
+    **changes: Any,
+) -> EngineRequest:
+    """The request, which an external server has begun to answer. texts: what the filter reads;
+    prompt_texts: what the answers follow on. changes: to the client's body.
+
+    Raises OpenAIError 400 for a forbidden prompt, and what `ExternalEngine.submit` does.
+    """
+    arrived_seconds = time.monotonic()
+    if settings.log_prompts:
+        note(prompt=texts)
+    # In a thread, because prompts may be long here.
+    if await asyncio.to_thread(is_forbidden_prompt, model_name, *texts, token_ids=[]):
+        param = "prompt" if route == "completions" else "messages"
+        raise OpenAIError(400, FORBIDDEN_PROMPT, param=param, code="content_filter")
+    ours = {"model", "stream", "stream_options", "best_of"}
+    sent = body.model_dump(exclude_unset=True, exclude=ours) | changes
+    request = await cast(ExternalEngine, engines[model_name]).submit(
+        route,
+        sent,
+        prompt_texts=prompt_texts,
+        num_sequences=sent.get("n", 1),
+        streams=body.stream,
+        request_id=request_id.get(),
+        arrived_seconds=arrived_seconds,
+        timeout_seconds=settings.request_timeout_seconds,
+    )
+    note_submitted(model_name, [request])
+    return request
+
+
+async def complete_upstream(
+    http: Request, name: str, body: models.CompletionRequest, num_drawn: int
+) -> Any:
+    """The answer of an external server to `/v1/completions`."""
+    prompts = listed_prompts(body)
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if len(texts) < len(prompts):
+        message = f"prompt: must be text for {name}, which is an external model"
+        raise OpenAIError(400, message, param="prompt")
+    changes: dict[str, Any] = {}
+    if num_drawn > body.n:  # not every server draws several for one, and none in a stream
+        changes = {"n": num_drawn, "logprobs": body.logprobs or 0}
+    prompt_texts = [""] * len(texts) if body.echo else texts  # the text begins with it
+    sending = submit_upstream(name, "completions", body, texts, prompt_texts, **changes)
+    request = await unless_client_goes(http, sending)
+    return await UpstreamCompletion(name, body, [request], [""]).response(http)
 
 
 OPENAI_REFUSALS: dict[int | str, str] = {
@@ -2122,12 +2387,14 @@ async def create_completion(http: Request, body: models.CompletionRequest) -> An
     if body.max_tokens == 0 and not body.echo:
         raise OpenAIError(400, "max_tokens: 0 needs echo", param="max_tokens")
     name = openai_model(body.model)
+    if isinstance(engines[name], ExternalEngine):
+        return await complete_upstream(http, name, body, num_drawn)
     num_logprobs = 0 if body.logprobs is None and num_drawn > body.n else body.logprobs
     num_prompt_logprobs = body.logprobs if body.echo else None
     params = openai_params(name, body, body.max_tokens, num_logprobs, num_prompt_logprobs)
     # In a thread, because prompts may be long here.
     prompt_texts, prompts = await asyncio.to_thread(completion_prompts, name, body)
-    requests = engines[name].submit_all(
+    requests = local_engine(name).submit_all(
         prompts, params, num_sequences=num_drawn, streams=body.stream
     )
     note_submitted(name, requests)
@@ -2151,22 +2418,28 @@ async def create_chat_completion(http: Request, body: models.ChatCompletionReque
     if body.top_logprobs and not body.logprobs:
         raise OpenAIError(400, "top_logprobs: needs logprobs", param="top_logprobs")
     name = openai_model(body.model)
+    chosen = engines[name]
+    if isinstance(chosen, ExternalEngine):
+        texts = [message.text for message in body.messages]
+        sending = submit_upstream(name, "chat/completions", body, texts, [""])
+        return await UpstreamChat(name, body, [await unless_client_goes(http, sending)]).response(
+            http
+        )
     prompt = await asyncio.to_thread(chat_prompt, name, body)
-    max_tokens = (
-        body.max_completion_tokens or body.max_tokens or engines[name].max_model_len - len(prompt)
-    )
+    max_tokens = body.max_completion_tokens or body.max_tokens or chosen.max_model_len - len(prompt)
     params = openai_params(name, body, max_tokens, body.top_logprobs if body.logprobs else None)
-    request = engines[name].submit(prompt, params, num_sequences=body.n, streams=body.stream)
+    request = chosen.submit(prompt, params, num_sequences=body.n, streams=body.stream)
     note_submitted(name, [request])
     return await ChatAnswer(name, body, [request]).response(http)
 
 
 def describe_model(name: str) -> dict[str, Any]:
+    is_external = isinstance(engines[name], ExternalEngine)
     return {
         "id": name,
         "object": "model",
         "created": LOADED_AT_SECONDS,
-        "owned_by": name.rpartition("/")[0] or "local",
+        "owned_by": "external" if is_external else name.rpartition("/")[0] or "local",
         "max_model_len": engines[name].max_model_len,
     }
 
@@ -2213,7 +2486,9 @@ async def generate_from_path(
         raise HTTPException(404, "Not Found")
     prompt = prompt.replace(http.scope.get("encoded_slash", "/"), "/")
     name = served_name(query.model)
-    request = submit(name, prompt, query, source="query", num_sequences=query.num_return_sequences)
+    request = await submit(
+        http, name, prompt, query, source="query", num_sequences=query.num_return_sequences
+    )
     (deltas,) = await complete(http, [(name, [request])])
     response.headers["Cache-Control"] = "no-store"
     return {"generated_sequences": [prompt + delta.text for delta in deltas]}
@@ -2226,15 +2501,15 @@ def openapi() -> dict[str, Any]:
     """FastAPI's document, in which `top_k` ends at the vocabulary, as it does in fact."""
     if not app.openapi_schema:
         document = FastAPI.openapi(app)
-        vocab_size = min(each.vocab_size for each in engines.values())
+        sizes = [each.vocab_size for each in engines.values() if isinstance(each, Engine)]
         fields = [s.get("properties", {}) for s in document["components"]["schemas"].values()]
         for operations in document["paths"].values():
             for operation in operations.values():
                 parameters = operation.get("parameters", ())
                 fields.append({each["name"]: each["schema"] for each in parameters})
         for each in fields:
-            if "top_k" in each:
-                each["top_k"]["maximum"] = vocab_size
+            if "top_k" in each and sizes:
+                each["top_k"]["maximum"] = min(sizes)
     return app.openapi_schema or {}
 
 

@@ -507,7 +507,7 @@ class Completion(_OpenAIResponse):
 class TopLogprob(BaseModel):
     token: str = Field(examples=[" there"])
     logprob: float = Field(examples=[-1.2])
-    bytes: list[int] = Field(examples=[[32, 116, 104, 101, 114, 101]])
+    bytes: list[int] | None = Field(examples=[[32, 116, 104, 101, 114, 101]])
 
 
 class TokenLogprob(TopLogprob):
@@ -559,7 +559,11 @@ class Model(BaseModel):
     object: Literal["model"] = "model"
     created: int = Field(description="When it was loaded.", examples=[1700000000])
     owned_by: str = Field(examples=["openai-community"])
-    max_model_len: int = Field(description="Tokens of prompt and text together.", examples=[1024])
+    max_model_len: int | None = Field(
+        description="Tokens of prompt and text together; null where an external server does not "
+        "tell.",
+        examples=[1024],
+    )
 
 
 class ModelList(BaseModel):
