@@ -150,9 +150,14 @@ async function waitToRetry(notice, problem, signal) {
 const key = () => store.getItem("key");
 const keyHeader = () => (key() ? { Authorization: `Bearer ${key()}` } : {});
 
-function askForKey() {
+function showKeyField() {
   $("key-field").hidden = false;
   $("forget-key").hidden = !key();
+  $("key").placeholder = key() ? "a key is set" : "";
+}
+
+function askForKey() {
+  showKeyField();
   $("key").focus();
 }
 
@@ -163,7 +168,7 @@ function useKey() {
   }
   store.setItem("key", typed);
   $("key").value = "";
-  $("key-field").hidden = true;
+  showKeyField();
   $("prompt").focus();
   start();
 }
@@ -975,6 +980,7 @@ $("forget-key").addEventListener("click", forgetKey);
 $("clear").addEventListener("click", clearRuns);
 addEventListener("hashchange", readAddress);
 
+if (key()) showKeyField();
 listRuns();
 readAddress();
 start();
