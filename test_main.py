@@ -553,6 +553,58 @@ def test_root_is_json_for_programs_and_a_page_for_browsers() -> None:
     assert 'href="docs"' in page.text
 
 
+def get_page() -> Any:
+    return client.get("/", headers={"Accept": "text/html"})
+
+
+def test_page_is_small_and_whole() -> None:
+    files = {file.name: file.read_text() for file in (ROOT / "static").iterdir()}
+    assert len(files["index.html"].encode()) < 14_000  # so many come in the first round trip
+    assert sum(len(text.encode()) for text in files.values()) < 60_000
+    addresses = {a for text in files.values() for a in re.findall(r"https?://[^\s\"')]+", text)}
+    assert addresses <= {"http://www.w3.org/2000/svg"}
+    assert "innerHTML" not in files["page.js"]
+
+
+def test_page_allows_no_inline_code_and_no_frame() -> None:
+    policy = get_page().headers["content-security-policy"]
+    assert "unsafe" not in policy
+    assert {"default-src 'none'", "script-src 'self'", "connect-src 'self'"} <= set(
+        policy.split("; ")
+    )
+    for each in ("base-uri", "form-action", "frame-ancestors"):
+        assert f"{each} 'none'" in policy
+
+
+def test_page_depends_on_accept_and_is_asked_for_anew() -> None:
+    assert client.get("/").headers["vary"] == get_page().headers["vary"] == "Accept"
+    assert get_page().headers["cache-control"] == "no-cache"
+    first = client.get("/static/page.js")
+    assert first.headers["cache-control"] == "no-cache"
+    again = client.get("/static/page.js", headers={"If-None-Match": first.headers["etag"]})
+    assert (first.status_code, again.status_code) == (200, 304)
+
+
+@pytest.mark.parametrize(
+    "path", ["/static/", "/static/no.js", "/static/%2e%2e/main.py", "/static/%2e%2e%2fmain.py"]
+)
+def test_page_files_are_all_that_is_open(path: str) -> None:
+    answer = client.get(path)
+    assert (answer.status_code, answer.json()) == (404, {"detail": "Not Found"})
+
+
+@pytest.mark.parametrize("path", ["/static/page.js", "/static-offline-docs/swagger-ui.css"])
+def test_page_files_are_only_read(path: str) -> None:
+    """Was a 500: the 405 was looked up among routes, and a file is none."""
+    answer = client.post(path)
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET, HEAD")
+
+
+def test_page_is_served_while_draining(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main.drain, "has_begun", True)
+    assert get_page().status_code == client.get("/static/page.js").status_code == 200
+
+
 def test_health_is_ok() -> None:
     response = client.get("/health")
     assert (response.status_code, response.json()) == (200, {"health": "ok"})
