@@ -222,7 +222,7 @@ def run(config_file: Path) -> None:
     ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES)
     for number in (signal.SIGTERM, signal.SIGINT):  # after ray, which sets its own
         signal.signal(number, stop)
-    serve.start(proxy_location=config["proxy_location"], http_options=config["http_options"])
+    serve.start(http_options=config["http_options"])
     name = application["name"]
     try:
         serve.run(deployment.options(**options).bind(), name=name, route_prefix="/")

@@ -83,7 +83,7 @@ class RayService:
 
     def client(self, **headers: str) -> httpx.Client:
         return httpx.Client(
-            base_url=self.address, headers=headers, timeout=60, follow_redirects=True
+            base_url=self.address, headers=headers, timeout=120, follow_redirects=True
         )
 
     def replica_pids(self) -> set[int]:
@@ -91,7 +91,7 @@ class RayService:
         return {pid for pid, args in below.items() if args.startswith("ray::ServeReplica")}
 
     def metrics(self) -> str:
-        return httpx.get(f"{self.address}/metrics", timeout=60).text
+        return httpx.get(f"{self.address}/metrics", timeout=120).text
 
     def num_running(self) -> float:
         return metric(self.metrics(), "vllm:num_requests_running")
@@ -127,7 +127,7 @@ def ray_service(deployment: dict[str, Any] | None = None, **settings: str) -> It
     service = RayService(process, f"http://127.0.0.1:{port}")
     started: set[int] = set()
     try:
-        wait_until(service.is_ready, seconds=90)
+        wait_until(service.is_ready, seconds=180)
         started = set(family(process.pid))
         yield service
     finally:
@@ -135,8 +135,8 @@ def ray_service(deployment: dict[str, Any] | None = None, **settings: str) -> It
         if process.poll() is None:
             process.terminate()
         try:
-            process.wait(60)
-            wait_until(lambda: not any(map(is_alive, started)))
+            process.wait(120)
+            wait_until(lambda: not any(map(is_alive, started)), seconds=60)
         finally:
             for pid in filter(is_alive, {process.pid, *started}):
                 os.kill(pid, signal.SIGKILL)
@@ -157,7 +157,7 @@ async def gather(
 ) -> list[httpx.Response]:
     limits = httpx.Limits(max_connections=count)
     async with httpx.AsyncClient(
-        base_url=service.address, timeout=60, limits=limits, headers=headers
+        base_url=service.address, timeout=120, limits=limits, headers=headers
     ) as http:
         return await asyncio.gather(*(http.post("/generate", json=body) for _ in range(count)))
 
@@ -172,7 +172,7 @@ async def read_streams(
     async def read() -> tuple[str, bool]:
         text = ""
         async with (
-            httpx.AsyncClient(base_url=service.address, timeout=60) as http,
+            httpx.AsyncClient(base_url=service.address, timeout=120) as http,
             http.stream("POST", path, json=body | {"stream": True}) as response,
         ):
             assert response.status_code == 200
@@ -254,7 +254,7 @@ def test_limits_are_shared_and_open_without_their_storage(redis: subprocess.Pope
         "MAX_QUEUE_SIZE": "1",
     }
     with ray_service(**settings) as service, service.client(**{"X-API-Key": "one"}) as alice:
-        assert httpx.get(f"{service.address}/metrics").status_code == 401
+        assert httpx.get(f"{service.address}/metrics", timeout=120).status_code == 401
         answers = [alice.get("/v1/models") for _ in range(25)]
         assert [answer.status_code for answer in answers] == [200] * 20 + [429] * 5
         refused = answers[-1]
@@ -264,7 +264,7 @@ def test_limits_are_shared_and_open_without_their_storage(redis: subprocess.Pope
         assert len(by_replica(counted, "http_requests_total")) == 2  # both had a part
 
         overloaded = asyncio.run(
-            gather(service, 15, {"prompt": PROMPT, "max_new_tokens": 200}, **{"X-API-Key": "two"})
+            gather(service, 15, {"prompt": PROMPT, "max_new_tokens": 100}, **{"X-API-Key": "two"})
         )
         assert {answer.status_code for answer in overloaded} == {200, 503}
         for answer in overloaded:
@@ -289,8 +289,9 @@ def test_limits_are_shared_and_open_without_their_storage(redis: subprocess.Pope
 def test_overload_and_sigterm_are_answered_in_our_words() -> None:
     """The limits are the proxy's here, lower than the service's own. Streams that run at SIGTERM
     end whole, and so does the process."""
-    with ray_service({"max_ongoing_requests": 8, "max_queued_requests": 12}) as service:
-        overloaded = asyncio.run(gather(service, 60, {"prompt": PROMPT, "max_new_tokens": 200}))
+    numbers = {"max_ongoing_requests": 8, "max_queued_requests": 12}
+    with ray_service(numbers | {"graceful_shutdown_timeout_s": 120}) as service:
+        overloaded = asyncio.run(gather(service, 60, {"prompt": PROMPT, "max_new_tokens": 100}))
         full = [answer for answer in overloaded if answer.status_code != 200]
         assert 0 < len(full) < 60
         for answer in full:
@@ -300,14 +301,16 @@ def test_overload_and_sigterm_are_answered_in_our_words() -> None:
         def stop() -> None:
             assert service.num_running() > 0
             service.process.terminate()
-            wait_until(lambda: httpx.get(f"{service.address}/health").status_code == 503)
-            refusals.append(httpx.post(f"{service.address}/v1/completions", json={}))
+            wait_until(
+                lambda: httpx.get(f"{service.address}/health", timeout=120).status_code == 503
+            )
+            refusals.append(httpx.post(f"{service.address}/v1/completions", json={}, timeout=120))
 
         streams = asyncio.run(read_streams(service, 8, "/v1/completions", LONG, stop))
         assert [(text[-14:], is_whole) for text, is_whole in streams] == (
             [("data: [DONE]\n\n", True)] * 8
         )
-        assert service.process.wait(60) == 0
+        assert service.process.wait(180) == 0
     for answer in refusals:
         assert answer.status_code == 503
         assert answer.headers["retry-after"] == "1"
@@ -395,7 +398,7 @@ def test_client_that_leaves_frees_its_place(service: RayService, streams: bool) 
         else:
             with pytest.raises(httpx.ReadTimeout):
                 http.post("/v1/completions", json=body, timeout=0.3)
-    wait_until(lambda: service.num_running() == 0)
+    wait_until(lambda: service.num_running() == 0, seconds=60)
     assert metric(service.metrics(), "vllm:generation_tokens_total") - before < 4 * 400
 
 
@@ -444,7 +447,7 @@ def test_killed_replica_loses_only_what_it_worked_on(service: RayService) -> Non
     with ThreadPoolExecutor(4) as pool:
         asking = [pool.submit(ask) for _ in range(4)]
         streams = asyncio.run(read_streams(service, 16, "/v1/completions", LONG, kill))
-        wait_until(lambda: len(by_replica(service.metrics(), "build_info")) == 2, seconds=60)
+        wait_until(lambda: len(by_replica(service.metrics(), "build_info")) == 2, seconds=120)
         is_over.set()
         for each in asking:
             each.result()
