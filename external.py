@@ -14,21 +14,21 @@ since it may quote the prompt.
 """
 
 import asyncio
-import json
 import logging
 import random
 import re
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Literal, NoReturn
+from functools import lru_cache, partial
+from typing import Any, Literal
 
 import httpx
 from pydantic import BaseModel, Field, ValidationError
+from pydantic_core import from_json
 
 import models
 from engine import (
@@ -147,13 +147,9 @@ CHUNKS: dict[Route, type[_Chunk]] = {
 
 def parse(route: Route, event: bytes) -> _Chunk:
     """The chunk that an event holds. Raises _BrokenStreamError, also for an error event."""
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(constant)  # NaN and infinities are no JSON
-
     try:
-        content = json.loads(event, parse_constant=refuse)
-    except (ValueError, RecursionError):
+        content = from_json(event, allow_inf_nan=False)  # unlike json's, it takes no lone surrogate
+    except ValueError:
         raise _BrokenStreamError("it sent no JSON") from None
     if isinstance(content, dict) and content.get("error") is not None:
         raise _BrokenStreamError("it sent an error")
@@ -186,13 +182,12 @@ async def beginning(response: httpx.Response) -> bytes:
     return body
 
 
-def merge(parts: Iterable[Logprobs]) -> Logprobs | None:
+def merge(parts: list[Logprobs]) -> Logprobs | None:
     """The log probabilities of several chunks as those of one."""
-    whole = None
-    for part in parts:
-        if whole is None:
-            whole = part.model_copy(deep=True)
-            continue
+    if not parts:
+        return None
+    whole, *rest = parts
+    for part in rest:
         for name, more in part:
             if isinstance(more, list) and isinstance(known := getattr(whole, name), list):
                 known += more
@@ -328,7 +323,7 @@ class ExternalEngine:
         self._watching: asyncio.Task[None] | None = None
         self._clients: dict[asyncio.AbstractEventLoop, httpx.AsyncClient] = {}
         self._is_forbidden = lru_cache(1 << 14)(
-            lambda text: text_filter is not None and text_filter.scan(text, 0, True)[0] is not None
+            lambda text: bool(self.text_filter and self.text_filter.scan(text, 0, True)[0])
         )
 
     @property
@@ -383,7 +378,7 @@ class ExternalEngine:
         }
         request.task = asyncio.create_task(self._run(request, route, body, request_id))
         self._requests.add(request)
-        request.task.add_done_callback(lambda _: self._requests.discard(request))
+        request.task.add_done_callback(partial(self._end, request))
         try:
             async with asyncio.timeout(arrived_seconds + timeout_seconds - time.monotonic()):
                 await request.is_answered.wait()
@@ -534,8 +529,8 @@ class ExternalEngine:
 
     def _read_models(self, listed: bytes) -> None:
         # Not every server has this list, nor says there what vLLM and this service say.
-        with suppress(ValueError, KeyError, TypeError, RecursionError):
-            for model in json.loads(listed)["data"]:
+        with suppress(ValueError, KeyError, TypeError):
+            for model in from_json(listed)["data"]:
                 if model["id"] == self.upstream_name and type(model["max_model_len"]) is int:
                     self.max_model_len = max(1, model["max_model_len"])
 
@@ -561,9 +556,6 @@ class ExternalEngine:
                 request.has_begun = True
                 request.is_answered.set()
                 await self._read(request, route, response)
-        except asyncio.CancelledError:
-            failure = EngineStoppedError()
-            raise
         except EngineError as error:
             failure = error
         except (httpx.HTTPError, _BrokenStreamError) as error:
@@ -578,7 +570,13 @@ class ExternalEngine:
                 request.deltas.put_nowait(failure)
             if request.usage:
                 self._count(request, request.usage)
-            request.is_answered.set()
+
+    def _end(self, request: ExternalRequest, task: asyncio.Task[None]) -> None:
+        """Called once the request's task is done, also if it was cancelled before it began."""
+        self._requests.discard(request)
+        if task.cancelled():
+            request.deltas.put_nowait(EngineStoppedError("the engine was stopped"))
+        request.is_answered.set()
 
     @asynccontextmanager
     async def _open(
@@ -614,8 +612,8 @@ class ExternalEngine:
         if status not in (400, 404, 413, 422):
             return InferenceError("upstream failed")
         code = None
-        with suppress(ValueError, KeyError, TypeError, RecursionError):
-            code = json.loads(await beginning(response))["error"]["code"]
+        with suppress(ValueError, KeyError, TypeError):
+            code = from_json(await beginning(response))["error"]["code"]
         return RefusedError(code if code in KEPT_CODES else None)
 
     async def _read(self, request: ExternalRequest, route: Route, response: httpx.Response) -> None:
@@ -656,7 +654,7 @@ class ExternalEngine:
             request.finish_reasons.add(finish_reason)
             stats.finished.append((finish_reason, now_seconds - request.arrived_seconds))
             stats.num_rollbacks = int(choice.is_cut)
-        if gained and (request.streams or finish_reason):
+        if gained:
             text, logprobs = gained
             request.deltas.put_nowait(
                 ExternalDelta(received.index, text, [], [], finish_reason, logprobs)

@@ -673,6 +673,9 @@ def hub_has(name: str) -> bool:
         return False
 
 
+EXTERNAL = re.compile(r"([^=]+?)\s*=\s*(https?://.*)")
+
+
 def find_models(model_name: str) -> dict[str, str]:
     """For each model to serve, by the name it is served under, the folder, id or URL to load."""
     sources = {}
@@ -687,9 +690,6 @@ def find_models(model_name: str) -> dict[str, str]:
         else:
             sources[name] = entry if is_folder else cached_folder(entry) or entry
     return sources
-
-
-EXTERNAL = re.compile(r"([^=]+)=(https?://.*)")
 
 
 def connect(name: str, source: str) -> tuple[None, ExternalEngine]:

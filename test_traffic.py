@@ -55,9 +55,9 @@ class Served:
 
 
 @contextmanager
-def served(*arguments: str, **settings: str) -> Iterator[Served]:
-    """A uvicorn on a free port, ended with SIGTERM unless it has ended before."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
+def served(*arguments: str, port: int = 0, **settings: str) -> Iterator[Served]:
+    """A uvicorn, on a free port if none is given, ended with SIGTERM unless it has ended before."""
+    with socket.create_server(("127.0.0.1", port)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "uvicorn", "main:app", "--port", str(port), *arguments]
     process = subprocess.Popen(
