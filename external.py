@@ -51,7 +51,7 @@ RETRY_PAUSES_SECONDS = (0.1, 0.4)  # after a connection that could not be made, 
 PROBE_SECONDS = 2.0  # between attempts to reach an upstream that could not be reached
 KEEPALIVE_SECONDS = 2.0  # below the 5 of uvicorn and Node: who closes first gets no request
 TAIL_SECONDS = 1.0  # for what follows the last text: the usage, the end of the stream
-MAX_EVENT_BYTES = 1 << 20
+MAX_EVENT_BYTES = 8 << 20  # the log probabilities of a long prompt come in one
 MAX_ANSWER_BYTES = 64 << 20  # far more than any text: a stream without an end is an error
 FILTER_TAIL_CHARACTERS = 1000  # at the end of a prompt, where a forbidden word may begin
 LOOK_BACK_CHARACTERS = 200  # before a forbidden word, where the filter looks for letters
@@ -522,7 +522,7 @@ class ExternalEngine:
                 self._lose(error)
             else:
                 self._reach()
-                if response.status_code < 500:  # else it is starting itself
+                if response.status_code != 503:  # else it is still loading the model
                     self._read_models(listed)
                     return
             await asyncio.sleep(PROBE_SECONDS)

@@ -1259,6 +1259,8 @@ async def refuse_invalid(http: Request, error: RequestValidationError) -> JSONRe
 
 @app.exception_handler(StarletteHTTPException)
 async def report_refusal(http: Request, error: StarletteHTTPException) -> JSONResponse:
+    if error.detail == FORBIDDEN_PROMPT:
+        FILTER_HITS.labels("prompt").inc()
     if isinstance(error, OpenAIError):
         return JSONResponse(error.body, error.status_code, error.headers)
     if error.status_code == 400 and error.detail == "There was an error parsing the body":
@@ -1386,15 +1388,11 @@ def new_token_budget(
 
 def is_forbidden_prompt(model_name: str, *texts: str, token_ids: list[int]) -> bool:
     """Whether a prompt holds a forbidden word, as it was written or as the model reads it: past
-    a special token in the middle of a word. A hit is counted. token_ids: none of a model that
-    is not here."""
+    a special token in the middle of a word. token_ids: none of a model that is not here."""
     read = ""
     if token_ids:
         read = generators[model_name].tokenizer.decode(token_ids, skip_special_tokens=True)
-    if not any(map(content_filter.find, (*texts, read))):
-        return False
-    FILTER_HITS.labels("prompt").inc()
-    return True
+    return any(map(content_filter.find, (*texts, read)))
 
 
 async def submit(
@@ -2422,9 +2420,8 @@ async def create_chat_completion(http: Request, body: models.ChatCompletionReque
     if isinstance(chosen, ExternalEngine):
         texts = [message.text for message in body.messages]
         sending = submit_upstream(name, "chat/completions", body, texts, [""])
-        return await UpstreamChat(name, body, [await unless_client_goes(http, sending)]).response(
-            http
-        )
+        sent = await unless_client_goes(http, sending)
+        return await UpstreamChat(name, body, [sent]).response(http)
     prompt = await asyncio.to_thread(chat_prompt, name, body)
     max_tokens = body.max_completion_tokens or body.max_tokens or chosen.max_model_len - len(prompt)
     params = openai_params(name, body, max_tokens, body.top_logprobs if body.logprobs else None)

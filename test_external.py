@@ -124,11 +124,14 @@ def client(module_client: httpx.Client, engine: ExternalEngine) -> Iterator[http
     wait_until(lambda: not engine._requests)
 
 
+def pools(engine: ExternalEngine) -> list[Any]:
+    transports: list[Any] = [client._transport for client in engine._clients.values()]
+    return [transport._pool for transport in transports]
+
+
 def connections(engine: ExternalEngine) -> list[Any]:
     """Those that a request holds; an idle one waits for the next."""
-    transports = [client._transport for client in engine._clients.values()]
-    pools = [getattr(transport, "_pool") for transport in transports]  # noqa: B009
-    return [each for pool in pools for each in pool.connections if not each.is_idle()]
+    return [c for pool in pools(engine) for c in pool.connections if not c.is_idle()]
 
 
 def read_events(client: httpx.Client, body: Any, path: str = "/v1/completions") -> list[Any]:
@@ -229,6 +232,34 @@ def test_chat_through_openais_client(
     given = [token.model_dump() for content in tokens for token in content]
     assert given == expected["logprobs"]["content"]
     assert chunks[-1].choices[0].finish_reason == expected["finish_reason"]
+
+
+def test_connection_is_used_again(upstream: Upstream) -> None:
+    engine, used = connected(upstream.service.address), set()
+    with in_front(engine) as client:
+        for body in ({}, {"stream": True}, {}):
+            assert client.post("/generate", json={"prompt": PROMPT, **body}).status_code == 200
+            (pool,) = pools(engine)
+            used |= set(pool.connections)
+    assert len(used) == 1
+
+
+def test_generate_texts_beside_a_local_model(upstream: Upstream) -> None:
+    engine, body = connected(upstream.service.address), {"prompt": PROMPT, **PARAMS}
+    with in_front(engine) as client, pytest.MonkeyPatch.context() as patch:
+        patch.setitem(main.engines, "local", main.engine)
+        patch.setitem(main.generators, "local", main.generator)
+        texts = client.post("/generate-text/", json=body).json()["generated_texts"]
+        assert list(texts) == [NAME, "local"]
+        assert all(text.startswith(PROMPT) for each in texts.values() for text in each)
+        before = metric(client.get("/metrics").text, "filter_hits_total")
+        answer = client.post("/generate-text/", json={"prompt": "I hate it"})
+        assert (answer.status_code, answer.json()) == (400, {"detail": main.FORBIDDEN_PROMPT})
+        assert metric(client.get("/metrics").text, "filter_hits_total") == before + 1
+        patch.setattr(engine, "url", "http://127.0.0.1:9/v1")
+        answer = client.post("/generate-text/", json={**body, "max_new_tokens": 200})
+        assert (answer.status_code, answer.json()) == (503, {"detail": main.UNREACHABLE})
+        wait_until(lambda: main.engine.num_running == 0)
 
 
 def test_log_metrics_and_request_id_tell_of_it(
@@ -542,7 +573,7 @@ DONE = b"data: [DONE]"
         streamed(CHUNK, {"choices": [{"index": 0, "text": "a", "finish_reason": "abort"}]}),
         streamed(CHUNK, {"choices": [{"index": 0, "text": 3}]}),
         streamed(CHUNK, {"choices": [], "usage": {"prompt_tokens": -1}}),
-        streamed(CHUNK, b"data: {" + b" " * 3_000_000),
+        streamed(CHUNK, b"data: {" + b" " * 9_000_000),
         streamed(CHUNK).replace(b"\r\n\r\n", b"\r\nContent-Length: 10000\r\n\r\n"),
     ],
     ids=range(13),
