@@ -290,7 +290,10 @@ def test_service_routes_know_external_models(client: httpx.Client, engine: Exter
     assert [(m["id"], m["owned_by"], m["max_model_len"]) for m in models] == [
         (NAME, "external", 512)
     ]
-    assert client.get("/ready").json() == {"status": "ready", "model_names": [NAME]}
+    ready = client.get("/ready").json()
+    assert (ready["status"], ready["model_names"], ready["loaded_model_names"]) == (
+        "ready", [NAME], []
+    )  # fmt: skip
     assert client.get("/openapi.json").status_code == 200
 
 
@@ -465,7 +468,7 @@ def test_client_that_leaves_frees_its_place_upstream(
     with pytest.raises(TimeoutError):
         asyncio.run(leave())
     wait_until(lambda: upstream.num_running == 0, seconds=2)
-    assert not connections(engine)
+    wait_until(lambda: not connections(engine))  # one may be looking for upstream
 
 
 @pytest.mark.parametrize(("path", "body"), [("/generate", {}), ("/v1/completions", {"n": 2})])
@@ -710,7 +713,7 @@ def test_killed_upstream_ends_streams_and_serves_again_once_back(
     )
     assert client.post("/generate", json={"prompt": PROMPT}).status_code == 503
     assert not engine._requests
-    assert not connections(engine)
+    wait_until(lambda: not connections(engine))  # one may be looking for upstream
     upstream.start(RATE_LIMIT="4")
     wait_until(lambda: client.get("/ready").status_code == 200)
     assert client.post("/generate", json={"prompt": PROMPT}).status_code == 200

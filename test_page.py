@@ -164,7 +164,6 @@ def test_generate_streams_and_says_how_it_went(visit: Visit) -> None:
     page.get_by_label("Prompt").fill(PROMPT)
     page.evaluate(WATCH_TEXT)
     press(page, "Generate")
-    expect(page.locator("#announcer")).to_have_text("Generating.")
     text = finish(page)
     lengths = page.evaluate("lengths")
     assert lengths == sorted(lengths)
@@ -186,6 +185,7 @@ def test_generate_streams_and_says_how_it_went(visit: Visit) -> None:
 def test_stop_frees_the_place_and_keeps_the_text(visit: Visit, slow: None) -> None:
     page = visit(link(max_tokens=200, n=8))
     press(page, "Generate")
+    expect(page.locator("#announcer")).to_have_text("Generating.")
     expect(page.locator(".caret")).to_have_count(8)
     expect(page.locator(".text").first).to_contain_text(re.compile(f"{PROMPT} ?[a-z,]"))
     assert main.engine.num_running == 8
