@@ -33,7 +33,7 @@ def test_capacity_follows_from_the_measured_steps(bench: Path) -> None:
         "sequences at once: 20",
         "tokens per second and replica: 667",
         "replicas: 5",  # 40 * 50 / 0.7 / 667 = 4.3
-        "memory of each: 0.7 GB",
+        "memory of each: 1.0 GB",
     ]
 
 
