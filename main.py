@@ -847,13 +847,14 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-logger.info("settings: %s", settings.model_dump(mode="json"))
 torch.set_num_threads(1)  # of this thread; `computing_thread` tells why
 served_models = load_all(settings.model_name)
 generators = {name: loaded for name, (loaded, _) in served_models.items() if loaded}
 engines = {name: served for name, (_, served) in served_models.items()}
 default_model_name = next(iter(engines))
 generator, engine = served_models[default_model_name]
+# Not before what they say of models has been checked: a URL may hold a password.
+logger.info("settings: %s", settings.model_dump(mode="json"))
 
 
 def local_engine(name: str) -> Engine:
