@@ -1022,6 +1022,13 @@ class Engine:
             if self._can_step():
                 self._wake()
             elif self.is_loaded and self._leaves_at_id < math.inf:
+                # Left of those who came before, for whom nobody would load it again: it fails.
+                waiting, at = self.scheduler.waiting, self._leaves_at_id
+                self._fail(
+                    [seq for seq in waiting if seq.request.id < at],
+                    InferenceError("the model keeps failing"),
+                )
+                self.scheduler.waiting = deque(seq for seq in waiting if seq.request.id >= at)
                 self._model, self.num_failed_steps = None, 0
                 del self.cache
                 self._has_left.set()

@@ -605,11 +605,17 @@ class ExternalEngine:
 
     async def _refusal(self, response: httpx.Response) -> EngineError:
         status = response.status_code
-        logger.warning("%s: upstream answered %d", self.name, status)
+        advice = {
+            401: "; is EXTERNAL_API_KEY right?",
+            403: "; is EXTERNAL_API_KEY right?",
+            404: "; are the address and the model's name in MODEL_NAME right?",
+        }
+        level = logging.ERROR if status in advice else logging.WARNING
+        logger.log(level, "%s: upstream answered %d%s", self.name, status, advice.get(status, ""))
         if status in (429, 503):
             wait = response.headers.get("retry-after", "")
             return BusyError(max(1, int(wait)) if re.fullmatch("[0-9]{1,4}", wait) else 1)
-        if status not in (400, 404, 413, 422):
+        if status not in (400, 413, 422):
             return InferenceError("upstream failed")
         code = None
         with suppress(ValueError, KeyError, TypeError):

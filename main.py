@@ -111,6 +111,7 @@ T = TypeVar("T")
 BUNDLED_MODEL = Path(__file__).parent / "gpt2-tales"
 HUB_PROBE_SECONDS = 3.0
 RETRY_AFTER_SECONDS = 1
+RELOAD_PAUSE_SECONDS = 5.0  # after a model could not be swapped in
 PING_SECONDS = 15.0  # between comments in an event stream, which keep idle proxies from closing
 STORAGE_TIMEOUT_SECONDS = 1.0  # of the counts that rate limits look up for a request
 STORAGE_PAUSE_SECONDS = 10.0  # after a failure, for which nothing is limited
@@ -673,7 +674,7 @@ def hub_has(name: str) -> bool:
         return False
 
 
-EXTERNAL = re.compile(r"([^=]+?)\s*=\s*(https?://.*)")
+EXTERNAL = re.compile(r"([^=]*?)\s*=\s*(\w+://.*)")
 
 
 def find_models(model_name: str) -> dict[str, str]:
@@ -699,10 +700,11 @@ def connect(name: str, source: str) -> tuple[None, ExternalEngine]:
         url = httpx.URL(source)
     except httpx.InvalidURL:
         url = httpx.URL()
-    if not url.host or url.userinfo or url.query:  # what stands in a URL ends up in logs
+    is_address = url.scheme in ("http", "https") and url.host and (url.port or 0) < 65536
+    if not name or not is_address or url.userinfo or url.query:  # URLs end up in logs
         sys.exit(
-            f"Invalid settings. MODEL_NAME: the address of {name!r} is not https://host/v1; a "
-            "key belongs in EXTERNAL_API_KEY"
+            f"Invalid settings. MODEL_NAME: {name!r} is to be served from an address that is not "
+            "https://host/v1; a key belongs in EXTERNAL_API_KEY"
         )
     key = settings.external_api_key
     if key and not re.fullmatch("[!-~]+", key.get_secret_value()):
@@ -755,40 +757,62 @@ def load_generator(name: str, source: str) -> tuple[Any, Engine]:
 
 
 class Swap:
-    """Loads a model that is needed in place of the one that was asked for least recently.
+    """Loads a model that is needed in place of an idle one, or if none is idle of the one that
+    was asked for least recently, which first answers what came before.
 
-    That one first answers what came before; then its memory is free. Requests wait meanwhile
-    in their engine's queue, under its limit and their own deadlines.
+    Requests wait meanwhile in their engine's queue, under its limit and their own deadlines.
     """
 
     def __init__(self) -> None:
-        self.needed: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()  # (name, source)
+        self.needed: queue.SimpleQueue[tuple[str, str] | None] = queue.SimpleQueue()
         self.loading: str | None = None
+        self.max_loaded: int | None = None
+        self.thread: threading.Thread | None = None
+        self.retry_at_seconds: dict[str, float] = {}  # of models that could not be loaded
 
-    def begin(self, max_loaded: int) -> None:
-        """Sees to it that no more than max_loaded models are in memory from here on."""
-        self.max_loaded = max_loaded
-        threading.Thread(target=self.run, name="swap", daemon=True).start()
+    def start(self) -> None:
+        """Begins to swap, or does so again after `stop`, if there is anything to swap."""
+        if self.max_loaded and not (self.thread and self.thread.is_alive()):
+            self.thread = threading.Thread(target=self.run, name="swap", daemon=True)
+            self.thread.start()
+
+    def stop(self) -> None:
+        """Waits for a load under way: a process that ends in the middle of one crashes."""
+        if self.thread and self.thread.is_alive():
+            self.needed.put(None)
+            self.thread.join()
 
     def run(self) -> None:
         torch.set_num_threads(1)  # of this thread; `computing_thread` tells why
-        while True:
-            name, source = self.needed.get()
-            needed = local_engine(name)
-            if needed.is_loaded or not needed.num_waiting:
-                continue  # another request for it came first
-            self.loading = name
-            try:
-                while len(loaded := loaded_names()) >= self.max_loaded:
-                    oldest = min(loaded, key=lambda each: local_engine(each).last_request_id)
-                    unload(generators[oldest], local_engine(oldest))
-                    logger.info("unloaded %s", oldest)
+        while entry := self.needed.get():
+            self.loading, source = entry
+            self.swap_in(self.loading, source)
+            self.loading = None
+
+    def swap_in(self, name: str, source: str) -> None:
+        needed = local_engine(name)
+        if needed.is_loaded or not needed.num_waiting:
+            return  # another request for it came first
+        if time.monotonic() < self.retry_at_seconds.get(name, 0):
+            return needed.fail_waiting()  # before it costs another model its place
+
+        def last_use(each: str) -> tuple[bool, int]:
+            served = local_engine(each)
+            return served.num_running + served.num_waiting > 0, served.last_request_id
+
+        try:
+            while len(loaded := loaded_names()) >= cast(int, self.max_loaded):
+                oldest = min(loaded, key=last_use)
+                unload(generators[oldest], local_engine(oldest))
+                logger.info("unloaded %s", oldest)
+            if needed.num_waiting:  # still
                 generators[name].model = load_pipeline(name, source).model
                 needed.load(generators[name].model)
-            except Exception:
-                logger.exception("cannot load %s", name)
-                needed.fail_waiting()
-            self.loading = None
+        except Exception:
+            logger.exception("cannot load %s", name)
+            generators[name].model = None
+            self.retry_at_seconds[name] = time.monotonic() + RELOAD_PAUSE_SECONDS
+            needed.fail_waiting()
 
 
 def unload(loaded: Any, served: Engine) -> None:
@@ -822,7 +846,7 @@ def load_all(model_name: str | None) -> dict[str, tuple[Any, Engine | ExternalEn
         logger.warning("gpt2 is %s: serving %s, the small bundled model", reason, name)
         return {name: load_generator(name, str(BUNDLED_MODEL))}
     sources = find_models(model_name)
-    external = [name for name in sources if sources[name].startswith(("http://", "https://"))]
+    external = [name for name in sources if "://" in sources[name]]
     local = [name for name in sources if name not in external]
     most = settings.max_loaded_models or len(local)
     loaded: dict[str, tuple[Any, Engine | ExternalEngine]] = {
@@ -839,7 +863,7 @@ def load_all(model_name: str | None) -> dict[str, tuple[Any, Engine | ExternalEn
     if not loaded:
         sys.exit("Invalid settings. MODEL_NAME: names no model")
     if most < len(local):
-        swap.begin(most)
+        swap.max_loaded = most
     return {name: loaded[name] for name in sources}
 
 
@@ -852,6 +876,7 @@ served_models = load_all(settings.model_name)
 generators = {name: loaded for name, (loaded, _) in served_models.items() if loaded}
 engines = {name: served for name, (_, served) in served_models.items()}
 default_model_name = next(iter(engines))
+swap.start()
 generator, engine = served_models[default_model_name]
 # Not before what they say of models has been checked: a URL may hold a password.
 logger.info("settings: %s", settings.model_dump(mode="json"))
@@ -1193,8 +1218,10 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
     drain.listen()
     for each in engines.values():
         each.start()
+    swap.start()
     yield
     await stop_engines()
+    await asyncio.to_thread(swap.stop)
 
 
 app = FastAPIOffline(
@@ -1729,7 +1756,7 @@ async def ready() -> Any:
     for name, each in engines.items():
         if not isinstance(each, ExternalEngine) and not each.is_healthy:
             status = f"the engine of {name} keeps failing"
-        elif each.is_full:
+        elif each.is_full and (name not in generators or local_engine(name).is_loaded):
             status = f"the queue of {name} is full"
     if drain.has_begun:
         status = "draining"

@@ -1204,6 +1204,37 @@ def test_repeated_failure_is_unhealthy_until_the_model_answers(
     assert len(one(small_engine, SHORT, max_new_tokens=3, ignore_eos=True).token_ids) == 3
 
 
+def test_unload_of_a_failing_model_fails_what_waits_for_it(
+    small_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody loaded it again for those who waited, until their deadline."""
+    monkeypatch.setattr(engine_module, "PROBE_SECONDS", 0.2)
+    monkeypatch.setattr(small_engine.model, "forward", failing(print, 1e9))
+    for _ in range(3):
+        run(answer(small_engine, SHORT))
+
+    async def leave() -> list[Any]:
+        waiting = small_engine.complete(small_engine.submit(ids(SHORT), ENDLESS))
+        results = asyncio.gather(waiting, return_exceptions=True)
+        await asyncio.to_thread(small_engine.unload)
+        async with asyncio.timeout(5):
+            return await results
+
+    ((error,),) = run(leave())
+    assert isinstance(error, InferenceError)
+    assert not small_engine.is_loaded
+    assert small_engine.is_healthy
+
+
+def test_unload_and_load_give_the_same_text(small_engine: Engine) -> None:
+    before = one(small_engine, SHORT, seed=1, max_new_tokens=9, ignore_eos=True)
+    small_engine.unload()
+    with pytest.raises(ValueError, match="not loaded"):
+        _ = small_engine.model
+    small_engine.load(load())
+    assert one(small_engine, SHORT, seed=1, max_new_tokens=9, ignore_eos=True) == before
+
+
 def test_stop_ends_everything_it_held(small_engine: Engine) -> None:
     async def stop() -> list[Any]:
         requests = [small_engine.submit(ids(SHORT), ENDLESS) for _ in range(2)]

@@ -602,7 +602,7 @@ def test_broken_stream_is_an_error(answer: bytes, capfd: pytest.CaptureFixture[s
         (streamed(status=b"307 Elsewhere\r\nLocation: /v2"), 500),
         (streamed(status=b"403 No"), 500),
         (streamed(b"[" * 100_000, status=b"400 Bad"), 422),
-        (streamed(status=b"404 Not Found"), 422),
+        (streamed(status=b"404 Not Found"), 500),
         (streamed(status=b"503 Busy\r\nRetry-After: 7"), 503),
         (streamed(status=b"429 Busy\r\nRetry-After: <script>"), 503),
     ],
