@@ -683,10 +683,13 @@ def test_service_of_external_models_alone_starts_without_them() -> None:
 
 @pytest.mark.parametrize(
     "entry",
-    ["a=http://", "a=http://user:pass@host/v1", "a=https://host/v1?key=1", "a=http://h:x/v1"],
-)
+    [
+        "a=http://", "a=http://user:pass@host/v1", "a=https://host/v1?key=1", "a=http://h:x/v1",
+        "a=ftp://host/v1", "=http://host/v1", "a=http://host:99999/v1",
+    ],
+)  # fmt: skip
 def test_bad_address_stops_the_start(entry: str) -> None:
-    with pytest.raises(SystemExit, match=r"MODEL_NAME: the address of 'a'") as stopped:
+    with pytest.raises(SystemExit, match=r"MODEL_NAME: 'a?' is to be served") as stopped:
         main.load_all(entry)
     assert "pass" not in str(stopped.value)
 

@@ -15,18 +15,19 @@ NAMES = ["one", "two", "three"]
 ENDLESS = {"prompt": PROMPT, "max_tokens": 400, "ignore_eos": True, "stream": True}
 
 
-def folders(parent: Path, *names: str) -> str:
-    """MODEL_NAME for the bundled model under several names."""
-    for name in names:
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the bundled model under several names."""
+    parent = tmp_path_factory.mktemp("models")
+    for name in NAMES:
         (parent / name).mkdir()
         for file in (ROOT / "gpt2-tales").iterdir():
             (parent / name / file.name).symlink_to(file)
+    return parent
+
+
+def folders(parent: Path, *names: str) -> str:
     return ",".join(str(parent / name) for name in names)
-
-
-@pytest.fixture(scope="module")
-def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
 
 
 @pytest.fixture(scope="module")
@@ -147,10 +148,9 @@ def test_model_that_no_longer_loads_is_an_error_until_it_does(
 def test_sigterm_while_a_model_is_loaded_is_an_orderly_end(parent: Path) -> None:
     """The process used to crash in the middle of the load, with exit status 134. And the idle
     model leaves, though the busy one was asked for before it."""
-    folders = ",".join(f"{parent}/{name}" for name in NAMES)
     body = {**ENDLESS, "model": "two"}
     settings = {"MAX_LOADED_MODELS": "2", "DRAIN_TIMEOUT_SECONDS": "0"}
-    with served(MODEL_NAME=folders, **settings) as service:
+    with served(MODEL_NAME=folders(parent, *NAMES), **settings) as service:
         with httpx.stream("POST", f"{service.address}/v1/completions", json=body) as answer:
             lines = answer.iter_lines()
             next(lines)
@@ -169,7 +169,7 @@ def test_sigterm_while_a_model_is_loaded_is_an_orderly_end(parent: Path) -> None
 
 
 def test_request_past_its_deadline_does_not_wait_for_the_swap(parent: Path) -> None:
-    settings = {"MODEL_NAME": f"{parent}/one,{parent}/two", "MAX_LOADED_MODELS": "1"}
+    settings = {"MODEL_NAME": folders(parent, "one", "two"), "MAX_LOADED_MODELS": "1"}
     with served(**settings, REQUEST_TIMEOUT_SECONDS="0.01") as service:
         answer = generate(service, "two")
         assert answer.status_code == 504
@@ -187,7 +187,7 @@ def test_two_models_run_side_by_side(parent: Path) -> None:
             return sum(line.startswith("data: {") for line in answer.iter_lines())
 
     with (
-        served(MODEL_NAME=f"{parent}/one,{parent}/two") as service,
+        served(MODEL_NAME=folders(parent, "one", "two")) as service,
         ThreadPoolExecutor(2) as clients,
     ):
         events = clients.map(num_events, [service] * 2, names)
