@@ -311,6 +311,32 @@ def test_link_of_a_result_has_the_seed_that_was_drawn(visit: Visit) -> None:
     assert finish(page) == text
 
 
+def test_link_in_the_address_keeps_the_seed_that_was_drawn(visit: Visit) -> None:
+    """What the form was to write a moment later took the seed out again."""
+    page = visit()
+    page.get_by_label("Prompt").fill(PROMPT)
+    press(page, "Generate")
+    text = finish(page)
+    page.wait_for_timeout(500)
+    page.get_by_label("Token view").check()
+    finish(page)
+    page.wait_for_timeout(500)
+    (seed,) = fragment(page)["seed"]
+    assert page.locator("h2", has_text=f"seed {seed}").count() == 1
+    assert text == completion(seed=int(seed), max_tokens=50)
+
+
+def test_link_after_another_leaves_nothing_of_it(visit: Visit) -> None:
+    """Stop strings, seed and temperature of the first stayed."""
+    page = visit(link(stop="king", temperature=0.3, logprobs=5))
+    expect(page.get_by_label("Token view")).to_be_checked()
+    page.evaluate("location.hash = 'prompt=B&max_tokens=30'")
+    expect(page.locator("#max_tokens")).to_have_value("30")
+    for field, value in (("seed", ""), ("temperature", "1"), ("stop_strings", "")):
+        expect(page.locator(f"#{field}")).to_have_value(value)
+    expect(page.get_by_label("Token view")).not_to_be_checked()
+
+
 @pytest.mark.parametrize(
     ("garbage", "expected"),
     [
@@ -621,6 +647,40 @@ def test_error_key_is_asked_for_and_kept_in_the_tab_alone(visit: Visit) -> None:
         assert page.evaluate("sessionStorage.getItem('key')") is None
 
 
+def test_error_key_keeps_the_form_and_repeats_what_was_refused(visit: Visit) -> None:
+    """Temperature and length fell back to the first values, and nobody said that the key fits."""
+    app = main.RequestContext(main.Gate(main.app, {main.digest("open-sesame"): "alice"}))
+    with serve_in_thread(app) as address:
+        page = visit(link(temperature=0.5), at=address, refused=True)
+        page.locator("#key").fill("open-sesame")
+        press(page, "Use key")
+        expect(page.locator("#announcer")).to_have_text("The key is accepted.")
+        press(page, "Forget key")
+        press(page, "Generate")
+        expect(page.locator(".pane")).to_contain_text("This service needs an API key.")
+        page.locator("#key").fill("open-sesame")
+        press(page, "Use key")
+        assert finish(page) == completion(temperature=0.5)
+        expect(page.locator("#temperature")).to_have_value("0.5")
+
+
+def test_live_panel_outlives_a_bad_answer(visit: Visit) -> None:
+    """One 500 hid it until the page was loaded again."""
+    page = visit(refused=True)
+    expect(page.locator("#live")).to_be_visible()
+    page.route("**/metrics", lambda route: route.fulfill(status=500))
+    expect(page.locator("#live")).to_be_hidden()
+    page.unroute("**/metrics")
+    expect(page.locator("#live")).to_be_visible()
+
+
+def test_error_of_a_proxy_with_nothing_behind_it_is_a_service_gone(visit: Visit) -> None:
+    page = visit(link(), refused=True)
+    page.route("**/v1/completions", lambda route: route.fulfill(status=502, body="<h1>Bad"))
+    press(page, "Generate")
+    expect(page.locator(".pane")).to_contain_text("The service is back. Generate again.")
+
+
 def test_error_stopping_waits_for_what_comes_next(
     visit: Visit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -809,6 +869,26 @@ def test_first_paint_needs_nothing_but_the_document(visit: Visit) -> None:
 
 
 # --- History, and the service now ---------------------------------------------------------------
+
+
+def test_history_of_another_form_is_discarded(visit: Visit) -> None:
+    """After an update, an open tab's page did not start any more."""
+    page = visit()
+    page.evaluate("sessionStorage.runs = '[{}]'")
+    page.reload()
+    expect(page.locator("#seed")).to_be_enabled()
+    expect(page.locator("#runs li")).to_have_count(0)
+
+
+def test_keyboard_held_down_asks_once(visit: Visit) -> None:
+    page = visit(link())
+    sent = []
+    page.on("request", lambda request: sent.append(request.method))
+    for _ in range(5):  # without `up` between them the later ones are repeats
+        page.keyboard.down("Control")
+        page.keyboard.down("Enter")
+    finish(page)
+    assert sent.count("POST") == 1
 
 
 def test_history_brings_back_and_is_cleared(visit: Visit) -> None:

@@ -71,8 +71,10 @@ function retryAfterSeconds(response) {
 
 async function problemOf(response) {
   const { error, detail } = await response.json().catch(() => ({}));
-  const said = error?.message ?? (typeof detail === "string" ? detail : "");
+  const said = error?.message ?? (detail?.[0]?.msg || (typeof detail === "string" ? detail : ""));
   const { status } = response;
+  // A proxy in front says so when there is nothing behind it.
+  if ([502, 503, 504].includes(status) && !said) return new Problem(GONE, { isGone: true });
   if (error?.code === "content_filter") {
     return new Problem("The prompt has a word that is not allowed here. Change it and try again.");
   }
@@ -133,15 +135,21 @@ async function waitToRetry(notice, problem, signal) {
     return true;
   }
   const left = make("span", {});
+  let cancel;
   const isCancelled = new Promise((resolve) => {
-    const cancel = button("Cancel", () => resolve(true));
+    cancel = button("Cancel", () => resolve(true));
     signal?.addEventListener("abort", () => resolve(true));
     tell(notice, problem, make("div", { class: "row" }, left, cancel));
   });
+  const leaveCancel = () => document.activeElement === cancel && document.querySelector(".main").focus();
   for (let seconds = problem.waitSeconds; seconds > 0; seconds -= 1) {
     left.textContent = `Trying again in ${seconds} s.`;
-    if (await Promise.race([isCancelled, sleep(1000)])) return false;
+    if (await Promise.race([isCancelled, sleep(1000)])) {
+      leaveCancel();
+      return false;
+    }
   }
+  leaveCancel();
   return true;
 }
 
@@ -161,7 +169,8 @@ function askForKey() {
   $("key").focus();
 }
 
-function useKey() {
+/** Tries the key that was typed, and then what was refused for want of it. */
+async function useKey() {
   const typed = $("key").value.trim();
   if (!/^[\x21-\x7e]+$/.test(typed)) { // what a header can hold
     return tell($("problem"), new Problem("A key has letters, digits and signs, and no space within."));
@@ -170,7 +179,11 @@ function useKey() {
   $("key").value = "";
   showKeyField();
   $("prompt").focus();
-  start();
+  await start();
+  if ($("problem").hasChildNodes()) return;
+  say("The key is accepted.");
+  const refused = shown && !stopper && shown.answers.every(({ figures }) => !figures);
+  if (refused) perform(shown);
 }
 
 function forgetKey() {
@@ -183,6 +196,7 @@ function forgetKey() {
 
 const NUMBERS = ["max_tokens", "temperature", "top_p", "top_k", "n", "seed"];
 let ranges = null; // of every field, once they are known
+let defaults = {};
 let modelNames = [];
 let numStops = 0;
 let numLogprobs = 0;
@@ -207,6 +221,7 @@ async function load() {
     return response.json().catch(() => { throw new Problem(GONE, { isGone: true }); });
   };
   const [{ components }, { model_names }] = await Promise.all([get("openapi.json"), get("ready")]);
+  $("params").disabled = false;
   const asked = components.schemas.CompletionRequest.properties;
   // The native route's first values suit a reader better, and its length has an upper end.
   const native = components.schemas.GenerateRequest.properties;
@@ -215,9 +230,10 @@ async function load() {
   numStops = asked.stop.anyOf.find((each) => each.type === "array").maxItems;
   numLogprobs = rangeOf(asked.logprobs).max;
   modelNames = model_names;
-  const first = {
+  const isFirst = !Object.keys(defaults).length; // later, the form has values of its own
+  defaults = {
     max_tokens: native.max_length.default, temperature: native.temperature.default,
-    top_p: native.top_p.default, top_k: native.top_k.default, n: asked.n.default,
+    top_p: native.top_p.default, top_k: native.top_k.default, n: asked.n.default, seed: "",
   };
   for (const name of NUMBERS) {
     const { isWhole, hasMin, min, max } = ranges[name];
@@ -226,15 +242,14 @@ async function load() {
     Object.assign($(name), bounds);
     const slider = document.querySelector(`[data-of=${name}]`);
     if (slider) Object.assign(slider, bounds);
-    if (name in first) setNumber(name, first[name]);
   }
+  if (!isFirst) return;
   $("models").lastElementChild.replaceChildren(...modelNames.map((name, index) => {
     const box = make("input", { type: "checkbox", name: "model", value: name });
     box.checked = index === 0;
     return make("label", { class: "check" }, box, name);
   }));
   $("models").hidden = modelNames.length < 2;
-  $("params").disabled = false;
   readAddress();
 }
 
@@ -306,12 +321,16 @@ function linkTo({ fields, models, logprobs }) {
   return `#${link}`;
 }
 
+let addressTimer;
+
 /** Longer addresses get lost on their way from one program to another. */
 const MAX_LINK = 32_000;
 
 function writeAddress(asked) {
-  const link = linkTo(asked);
-  history.replaceState(null, "", link.length > MAX_LINK ? "#" : link);
+  clearTimeout(addressTimer); // what is written now is newer than what was to be
+  let link = linkTo(asked);
+  if (link.length > MAX_LINK) link = linkTo({ ...asked, fields: { ...asked.fields, prompt: null } });
+  history.replaceState(null, "", link);
 }
 
 /** Fills the form from a link. What is no value for a field is left out, what is out of its
@@ -320,6 +339,11 @@ function readAddress() {
   const link = new URLSearchParams(location.hash.slice(1));
   if (link.has("prompt")) $("prompt").value = link.get("prompt");
   if (!ranges) return;
+  // Nothing of a link before is left.
+  for (const name of NUMBERS) setNumber(name, defaults[name]);
+  $("stop_strings").value = "";
+  $("logprobs").checked = link.has("logprobs");
+  modelBoxes().forEach((box, index) => { box.checked = index === 0; });
   for (const name of NUMBERS) {
     const { isWhole, hasMin, min, max } = ranges[name];
     let value = Number(link.get(name) || NaN);
@@ -331,10 +355,8 @@ function readAddress() {
   if (stops.length) $("stop_strings").value = stops.map(written).join("\n");
   const models = link.getAll("model").filter((name) => modelNames.includes(name));
   if (models.length) for (const box of modelBoxes()) box.checked = models.includes(box.value);
-  if (link.has("logprobs")) $("logprobs").checked = true;
 }
 
-let addressTimer;
 function formChanged() {
   clearTimeout(addressTimer); // browsers allow some hundred changes in half a minute
   addressTimer = setTimeout(() => {
@@ -390,7 +412,12 @@ async function* chunks(run, model, signal) {
   if (!response.ok) throw await problemOf(response);
   for await (const data of events(response)) {
     if (data === "[DONE]") return;
-    const chunk = JSON.parse(data);
+    let chunk;
+    try {
+      chunk = JSON.parse(data);
+    } catch {
+      chunk = { error: { message: "The answer could not be read." } };
+    }
     if (chunk.error) {
       throw new Problem("The text broke off here. Generate again, or ask for less length.", {
         said: chunk.error.message,
@@ -480,8 +507,7 @@ async function perform(run) {
   if (run.answers.some(({ figures }) => figures)) remember(run);
   if (mine !== stopper) return; // another run has taken over
   setIdle();
-  const fine = view.filter((pane) => !pane.notice.hasChildNodes());
-  if (fine.length) say(fine.map((pane) => pane.summary()).join(" "));
+  say(view.map((pane) => pane.notice.firstChild?.textContent ?? pane.summary()).join(" "));
 }
 
 function setIdle() {
@@ -680,7 +706,10 @@ class TokenView {
     this.element = make("span", { role: "group", "aria-label": `Tokens of text ${index + 1}; arrow keys go from one to the next` });
     this.block = block;
     block.append(this.detail);
-    this.element.addEventListener("pointerover", ({ target }) => this.open(target));
+    block.addEventListener("pointerover", ({ target, pointerType }) => {
+      if (target.closest(".token")) this.open(target);
+      else if (pointerType === "mouse") this.close();
+    });
     this.element.addEventListener("focusin", ({ target }) => this.open(target));
     this.element.addEventListener("click", ({ target }) => this.open(target));
     this.element.addEventListener("focusout", () => this.close());
@@ -744,7 +773,10 @@ class TokenView {
 
   press(event) {
     const token = event.target.closest(".token");
-    if (event.key === "Escape") this.close();
+    if (token && (event.key === "Enter" || event.key === " ") && !event.ctrlKey && !event.metaKey) {
+      event.preventDefault();
+      this.open(token);
+    }
     const next = {
       ArrowRight: token?.nextElementSibling,
       ArrowLeft: token?.previousElementSibling,
@@ -764,9 +796,9 @@ const hasTokens = ({ choices }) => Boolean(choices[0].tokens);
 /** The token view on or off. A run that has no probabilities is asked for again: its seed
  * makes it the same. */
 function switchView() {
-  formChanged();
-  if (!shown) return;
+  if (!shown) return formChanged();
   const isOn = $("logprobs").checked;
+  writeAddress({ ...shown, logprobs: isOn });
   if (isOn && !shown.answers.every(hasTokens)) {
     shown.logprobs = true;
     perform(shown);
@@ -835,7 +867,17 @@ function asPython({ top_k, ...body }) {
 // --- History ------------------------------------------------------------------------------------
 
 const MAX_RUNS = 30;
-let runs = JSON.parse(store.getItem("runs") ?? "[]");
+let runs = keptRuns();
+
+/** The runs of before a reload; none where they are of another form, as after an update. */
+function keptRuns() {
+  try {
+    const kept = JSON.parse(store.getItem("runs") ?? "[]");
+    return kept.filter(({ fields, models, answers }) => fields.prompt && models.length && answers.length);
+  } catch {
+    return [];
+  }
+}
 
 function remember(run) {
   runs = [run, ...runs.filter((each) => each !== run)].slice(0, MAX_RUNS);
@@ -855,12 +897,11 @@ function listRuns() {
     const made = button(make("span", {}, fields.prompt.slice(0, 200)), () => {
       stop();
       fillForm(run);
-      run.logprobs = $("logprobs").checked && run.answers.every(hasTokens);
-      writeAddress(run);
-      show(run);
+      shown = run;
+      switchView(); // it may have to be asked for its tokens again
       $("result").focus();
     });
-    made.append(make("small", {}, `${models.join(", ")} · seed ${fields.seed} · temperature ${fields.temperature}`));
+    made.append(make("small", {}, `${models.join(", ")} · seed ${fields.seed} · temperature ${fields.temperature} · ${fields.n} × ${fields.max_tokens}`));
     return make("li", {}, made);
   }));
   $("clear").hidden = !runs.length;
@@ -910,7 +951,7 @@ async function watch() {
       const response = await fetch("metrics", { headers: keyHeader() }).catch(() => null);
       $("live").hidden = !response?.ok;
       if (response?.ok) showLive(await response.text().catch(() => ""));
-      if (response && !response.ok) return; // start() begins again, with another key
+      if (response?.status === 401) return; // start() begins again, with another key
     }
     await sleep(1000 * POLL_SECONDS);
   }
@@ -941,9 +982,10 @@ $("ask").addEventListener("submit", (event) => {
   generate();
 });
 document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") for (const each of document.querySelectorAll(".detail")) each.hidden = true;
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
     event.preventDefault();
-    generate();
+    if (!event.repeat) generate();
   }
 });
 $("stop").addEventListener("click", () => {
