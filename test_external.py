@@ -99,6 +99,7 @@ def in_front(engine: ExternalEngine) -> Iterator[httpx.Client]:
         patch.setattr(main, "engines", {NAME: engine})
         patch.setattr(main, "generators", {})
         patch.setattr(main, "default_model_name", NAME)
+        patch.setattr(main.app, "openapi_schema", None)  # it tells of the engines
         with serve_in_thread(main.app) as address:
             with httpx.Client(base_url=address, timeout=60) as client:
                 yield client
