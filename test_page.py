@@ -312,32 +312,6 @@ def test_link_of_a_result_has_the_seed_that_was_drawn(visit: Visit) -> None:
     assert finish(page) == text
 
 
-def test_link_in_the_address_keeps_the_seed_that_was_drawn(visit: Visit) -> None:
-    """What the form was to write a moment later took the seed out again."""
-    page = visit()
-    page.get_by_label("Prompt").fill(PROMPT)
-    press(page, "Generate")
-    text = finish(page)
-    page.wait_for_timeout(500)
-    page.get_by_label("Token view").check()
-    finish(page)
-    page.wait_for_timeout(500)
-    (seed,) = fragment(page)["seed"]
-    assert page.locator("h2", has_text=f"seed {seed}").count() == 1
-    assert text == completion(seed=int(seed), max_tokens=50)
-
-
-def test_link_after_another_leaves_nothing_of_it(visit: Visit) -> None:
-    """Stop strings, seed and temperature of the first stayed."""
-    page = visit(link(stop="king", temperature=0.3, logprobs=5))
-    expect(page.get_by_label("Token view")).to_be_checked()
-    page.evaluate("location.hash = 'prompt=B&max_tokens=30'")
-    expect(page.locator("#max_tokens")).to_have_value("30")
-    for field, value in (("seed", ""), ("temperature", "1"), ("stop_strings", "")):
-        expect(page.locator(f"#{field}")).to_have_value(value)
-    expect(page.get_by_label("Token view")).not_to_be_checked()
-
-
 @pytest.mark.parametrize(
     ("garbage", "expected"),
     [
@@ -648,40 +622,6 @@ def test_error_key_is_asked_for_and_kept_in_the_tab_alone(visit: Visit) -> None:
         assert page.evaluate("sessionStorage.getItem('key')") is None
 
 
-def test_error_key_keeps_the_form_and_repeats_what_was_refused(visit: Visit) -> None:
-    """Temperature and length fell back to the first values, and nobody said that the key fits."""
-    app = main.RequestContext(main.Gate(main.app, {main.digest("open-sesame"): "alice"}))
-    with serve_in_thread(app) as address:
-        page = visit(link(temperature=0.5), at=address, refused=True)
-        page.locator("#key").fill("open-sesame")
-        press(page, "Use key")
-        expect(page.locator("#announcer")).to_have_text("The key is accepted.")
-        press(page, "Forget key")
-        press(page, "Generate")
-        expect(page.locator(".pane")).to_contain_text("This service needs an API key.")
-        page.locator("#key").fill("open-sesame")
-        press(page, "Use key")
-        assert finish(page) == completion(temperature=0.5)
-        expect(page.locator("#temperature")).to_have_value("0.5")
-
-
-def test_live_panel_outlives_a_bad_answer(visit: Visit) -> None:
-    """One 500 hid it until the page was loaded again."""
-    page = visit(refused=True)
-    expect(page.locator("#live")).to_be_visible()
-    page.route("**/metrics", lambda route: route.fulfill(status=500))
-    expect(page.locator("#live")).to_be_hidden()
-    page.unroute("**/metrics")
-    expect(page.locator("#live")).to_be_visible()
-
-
-def test_error_of_a_proxy_with_nothing_behind_it_is_a_service_gone(visit: Visit) -> None:
-    page = visit(link(), refused=True)
-    page.route("**/v1/completions", lambda route: route.fulfill(status=502, body="<h1>Bad"))
-    press(page, "Generate")
-    expect(page.locator(".pane")).to_contain_text("The service is back. Generate again.")
-
-
 def test_error_stopping_waits_for_what_comes_next(
     visit: Visit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -760,6 +700,26 @@ def test_compare_eight_sequences_of_each_fit(visit: Visit, two_models: Served) -
     assert not is_wider_than_the_window(page)
     page.locator("#runs button").click()
     expect(page.locator(".text")).to_have_count(16)
+
+
+def test_compare_announces_text_and_problem(visit: Visit, two_models: Served) -> None:
+    """The one drowned the other."""
+    both = ["gpt2-tales", "second-tales"]
+    page = visit(link(max_tokens=3, model=both), at=two_models.address, refused=True)
+    expect(page.locator("#models input:checked")).to_have_count(2)
+
+    def refuse_one(route: Any) -> None:
+        if route.request.post_data_json["model"] == both[1]:
+            route.fulfill(status=413, json={})
+        else:
+            route.continue_()
+
+    page.route("**/v1/completions", refuse_one)
+    press(page, "Generate")
+    expect(page.locator("#announcer")).to_have_text(
+        "gpt2-tales: 3 tokens, reached the length of 3 tokens. "
+        "second-tales: The prompt is too large to send. Shorten it."
+    )
 
 
 def test_error_gone_in_mid_stream_keeps_the_text_and_says_when_it_is_back(
@@ -877,26 +837,6 @@ def test_first_paint_needs_nothing_but_the_document(visit: Visit) -> None:
 # --- History, and the service now ---------------------------------------------------------------
 
 
-def test_history_of_another_form_is_discarded(visit: Visit) -> None:
-    """After an update, an open tab's page did not start any more."""
-    page = visit()
-    page.evaluate("sessionStorage.runs = '[{}]'")
-    page.reload()
-    expect(page.locator("#seed")).to_be_enabled()
-    expect(page.locator("#runs li")).to_have_count(0)
-
-
-def test_keyboard_held_down_asks_once(visit: Visit) -> None:
-    page = visit(link())
-    sent = []
-    page.on("request", lambda request: sent.append(request.method))
-    for _ in range(5):  # without `up` between them the later ones are repeats
-        page.keyboard.down("Control")
-        page.keyboard.down("Enter")
-    finish(page)
-    assert sent.count("POST") == 1
-
-
 def test_history_brings_back_and_is_cleared(visit: Visit) -> None:
     page = visit(link())
     press(page, "Generate")
@@ -926,3 +866,180 @@ def test_live_panel_follows_the_service(visit: Visit, slow: None, address: str) 
     expect(page.locator("#running")).to_have_text("0")
     points = page.locator("#spark polyline").get_attribute("points") or ""
     assert len(points.split()) >= 2
+
+
+# --- Mended: what the page once did -------------------------------------------------------------
+
+
+def test_address_keeps_the_seed_that_was_drawn(visit: Visit) -> None:
+    """A change just before Generate wrote the form's address, without a seed, over the run's."""
+    page = visit("#max_tokens=3")
+    page.locator("#prompt").fill(PROMPT)
+    page.keyboard.press("Control+Enter")
+    finish(page)
+    page.wait_for_timeout(700)
+    assert "seed" in fragment(page)
+    page.get_by_label("Token view").check()
+    finish(page)
+    page.get_by_label("Token view").uncheck()
+    page.wait_for_timeout(700)
+    assert "seed" in fragment(page)
+    assert "logprobs" not in fragment(page)
+
+
+def test_live_panel_survives_a_failure(visit: Visit) -> None:
+    """One 502 from a proxy ended the panel for good."""
+    page = visit(refused=True)
+    expect(page.locator("#live")).to_be_visible()
+    page.route("**/metrics", lambda route: route.fulfill(status=502, body="<h1>Bad Gateway</h1>"))
+    expect(page.locator("#live")).to_be_hidden()
+    page.unroute("**/metrics")
+    expect(page.locator("#live")).to_be_visible()
+
+
+def test_error_of_a_proxy_is_a_service_that_is_gone(visit: Visit) -> None:
+    """A 504 in HTML said to ask for less length."""
+    page = visit(link(), refused=True)
+    page.route("**/v1/completions", lambda route: route.fulfill(status=504, body="<h1>no</h1>"))
+    press(page, "Generate")
+    notice = page.locator(".pane .notice")
+    expect(page.locator("#announcer")).to_contain_text("The service does not answer")
+    expect(notice).to_have_text("The service is back. Generate again.")
+
+
+def test_second_link_keeps_nothing_of_the_first(visit: Visit) -> None:
+    """Fields that the second one lacks kept the values of the first."""
+    page = visit(link(temperature=0.3, stop="\n", logprobs=5))
+    page.evaluate("location.hash = 'prompt=Deep&max_tokens=9'")
+    expect(page.get_by_label("Prompt")).to_have_value("Deep")
+    values = [page.locator(f"#{name}").input_value() for name in ("temperature", "seed")]
+    assert values == ["1", ""]
+    expect(page.locator("#max_tokens")).to_have_value("9")
+    expect(page.locator("#stop_strings")).to_have_value("")
+    expect(page.get_by_label("Token view")).not_to_be_checked()
+
+
+def test_error_key_that_was_lacking_in_mid_session(visit: Visit) -> None:
+    """Its entry set the form back, and the old notice stayed."""
+    page = visit(link(), refused=True)
+    expect(page.locator("#seed")).to_be_enabled()
+    page.locator("#max_tokens").fill("4")
+    page.route("**/v1/completions", lambda route: route.fulfill(status=401, json={}))
+    press(page, "Generate")
+    expect(page.locator(".pane .notice")).to_contain_text("needs an API key")
+    page.unroute("**/v1/completions")
+    page.evaluate("""() => new MutationObserver(([{target}]) => {
+      window.said = `${window.said ?? ""}|${target.textContent}`;
+    }).observe(document.querySelector("#announcer"), {childList: true})""")
+    page.locator("#key").fill("any")
+    page.keyboard.press("Enter")
+    assert finish(page) == completion(max_tokens=4)
+    expect(page.locator(".pane .notice")).to_be_hidden()
+    expect(page.locator("#max_tokens")).to_have_value("4")
+    assert "|The key is accepted. Generating." in page.evaluate("said")
+
+
+def test_address_of_a_long_prompt_keeps_the_parameters(visit: Visit) -> None:
+    """It was empty."""
+    page = visit(link(temperature=0.3))
+    page.locator("#prompt").fill("a" * 33_000)
+    page.wait_for_url(lambda url: "prompt" not in url)
+    assert fragment(page)["temperature"] == ["0.3"]
+
+
+def test_keys_held_down_ask_once(visit: Visit) -> None:
+    """Each repetition of Ctrl+Enter began a run."""
+    page = visit(link(max_tokens=3))
+    asked = []
+    page.on("request", lambda request: asked.append(request.url.endswith("completions")))
+    page.keyboard.down("Control")
+    for _ in range(3):
+        page.keyboard.down("Enter")
+    page.keyboard.up("Enter")
+    page.keyboard.up("Control")
+    finish(page)
+    assert sum(asked) == 1
+
+
+@pytest.mark.parametrize("runs", ["{", "null", '{"a": 1}', '[null, {"fields": {}}, {"fields": 3}]'])
+def test_history_that_cannot_be_read_is_dropped(visit: Visit, runs: str) -> None:
+    """It stopped the page's script."""
+    page = visit()
+    page.evaluate("runs => { sessionStorage.runs = runs }", runs)
+    page.reload()
+    expect(page.locator("#seed")).to_be_enabled()
+    expect(page.locator("#no-runs")).to_be_visible()
+
+
+def test_event_that_is_no_json_is_told(visit: Visit) -> None:
+    """Stop stayed lit and nothing was said."""
+    page = visit(link())
+    answer_with(page, chunk(" so far"), "data: {oops\n\n")
+    press(page, "Generate")
+    expect(page.locator(".pane .notice")).to_contain_text("The answer came garbled")
+    expect(page.locator("#stop")).to_have_attribute("aria-disabled", "true")
+
+
+def test_error_with_a_list_of_details_names_the_first(visit: Visit) -> None:
+    """It said the status alone; and there was a Copy of no text."""
+    page = visit(link(), refused=True)
+    expect(page.locator("#seed")).to_be_enabled()
+    detail = [{"loc": ["body", "top_k"], "msg": "Input should be smaller"}]
+    page.route(
+        "**/v1/completions", lambda route: route.fulfill(status=422, json={"detail": detail})
+    )
+    press(page, "Generate")
+    expect(page.locator(".pane .notice small")).to_have_text("top_k: Input should be smaller")
+    expect(page.locator(".end button")).to_be_hidden()
+
+
+def test_token_detail_is_out_of_the_way(visit: Visit) -> None:
+    """It covered the next line; Escape worked in the text alone, and Enter opened nothing."""
+    page = visit(link(logprobs=5))
+    press(page, "Generate")
+    finish(page)
+    detail, tokens = page.locator(".detail"), page.locator(".token")
+    tokens.first.hover()
+    expect(detail).to_be_visible()
+    assert detail.evaluate("e => getComputedStyle(e).pointerEvents") == "none"
+    page.locator("#prompt").focus()
+    page.keyboard.press("Escape")
+    expect(detail).to_be_hidden()
+    tokens.nth(1).focus()
+    for key in ("Enter", "Space"):
+        page.keyboard.press("Escape")
+        expect(detail).to_be_hidden()
+        page.keyboard.press(key)
+        expect(detail).to_be_visible()
+
+
+def test_cancel_leaves_the_focus_to_generate(visit: Visit) -> None:
+    """It went with the button."""
+    page = visit(link(), refused=True)
+    expect(page.locator("#seed")).to_be_enabled()
+    page.route("**/v1/completions", lambda route: route.fulfill(status=429, json={}))
+    press(page, "Generate")
+    page.get_by_role("button", name="Cancel").press("Enter")
+    expect(page.locator("button.main")).to_be_focused()
+
+
+def test_history_asks_again_for_tokens(visit: Visit) -> None:
+    """After a reload an entry had none, with the token view on."""
+    page = visit(link(logprobs=5, max_tokens=4))
+    press(page, "Generate")
+    finish(page)
+    page.reload()
+    expect(page.locator("#runs small")).to_contain_text("length 4 · 1 sequence")
+    expect(page.locator("#seed")).to_be_enabled()
+    page.locator("#runs button").click()
+    expect(page.locator(".token")).to_have_count(4)
+
+
+def test_token_view_shows_the_text_and_nothing_else(visit: Visit) -> None:
+    """It showed a token of the end, which is no text, and left out what no token covers."""
+    page = visit(link(logprobs=5))
+    tokens = [" a", "<|endoftext|>"]
+    answer_with(page, chunk("", tokens), chunk(" a end", end="stop"), "data: [DONE]\n\n")
+    press(page, "Generate")
+    assert finish(page) == f"{PROMPT} a end"
+    expect(page.locator(".token")).to_have_text(" a")

@@ -46,10 +46,11 @@ function say(words) {
 
 /** What the user is told: what happened and what to do. */
 class Problem extends Error {
-  /** waitSeconds: after which to ask again; isGone: nothing answers; field: the one at fault. */
-  constructor(words, { said = "", waitSeconds = null, isGone = false, field = null } = {}) {
+  /** waitSeconds: after which to ask again; isGone: nothing answers; isKey: it lacks a
+   * key; field: the one at fault. */
+  constructor(words, { said = "", waitSeconds = null, isGone = false, isKey = false, field = null } = {}) {
     super(words);
-    Object.assign(this, { said, waitSeconds, isGone, field });
+    Object.assign(this, { said, waitSeconds, isGone, isKey, field });
   }
 }
 
@@ -70,11 +71,12 @@ function retryAfterSeconds(response) {
 }
 
 async function problemOf(response) {
-  const { error, detail } = await response.json().catch(() => ({}));
-  const said = error?.message ?? (detail?.[0]?.msg || (typeof detail === "string" ? detail : ""));
+  const { error, detail } = await response.json().catch(() => null) ?? {};
   const { status } = response;
-  // A proxy in front says so when there is nothing behind it.
-  if ([502, 503, 504].includes(status) && !said) return new Problem(GONE, { isGone: true });
+  // What stands before the service says so in words of its own.
+  if (status >= 500 && !error && !detail) return new Problem(GONE, { isGone: true });
+  const first = Array.isArray(detail) ? detail[0] : null;
+  const said = error?.message ?? (first ? `${first.loc?.at(-1) ?? "It"}: ${first.msg}` : String(detail ?? ""));
   if (error?.code === "content_filter") {
     return new Problem("The prompt has a word that is not allowed here. Change it and try again.");
   }
@@ -87,7 +89,7 @@ async function problemOf(response) {
   if (status === 401) {
     askForKey();
     const words = key() ? "The service does not know this API key." : "This service needs an API key.";
-    return new Problem(`${words} Enter yours in the field.`);
+    return new Problem(`${words} Enter yours in the field.`, { isKey: true });
   }
   if (status === 413) return new Problem("The prompt is too large to send. Shorten it.", { said });
   if (status === 429) {
@@ -136,20 +138,23 @@ async function waitToRetry(notice, problem, signal) {
   }
   const left = make("span", {});
   let cancel;
+  const keepFocus = () => { // it would be lost with the button
+    if (document.activeElement === cancel) document.querySelector("button.main").focus();
+  };
   const isCancelled = new Promise((resolve) => {
-    cancel = button("Cancel", () => resolve(true));
-    signal?.addEventListener("abort", () => resolve(true));
+    const end = () => {
+      keepFocus();
+      resolve(true);
+    };
+    cancel = button("Cancel", end);
+    signal?.addEventListener("abort", end);
     tell(notice, problem, make("div", { class: "row" }, left, cancel));
   });
-  const leaveCancel = () => document.activeElement === cancel && document.querySelector(".main").focus();
   for (let seconds = problem.waitSeconds; seconds > 0; seconds -= 1) {
     left.textContent = `Trying again in ${seconds} s.`;
-    if (await Promise.race([isCancelled, sleep(1000)])) {
-      leaveCancel();
-      return false;
-    }
+    if (await Promise.race([isCancelled, sleep(1000)])) return false;
   }
-  leaveCancel();
+  keepFocus();
   return true;
 }
 
@@ -169,7 +174,6 @@ function askForKey() {
   $("key").focus();
 }
 
-/** Tries the key that was typed, and then what was refused for want of it. */
 async function useKey() {
   const typed = $("key").value.trim();
   if (!/^[\x21-\x7e]+$/.test(typed)) { // what a header can hold
@@ -179,11 +183,10 @@ async function useKey() {
   $("key").value = "";
   showKeyField();
   $("prompt").focus();
-  await start();
-  if ($("problem").hasChildNodes()) return;
-  say("The key is accepted.");
-  const refused = shown && !stopper && shown.answers.every(({ figures }) => !figures);
-  if (refused) perform(shown);
+  if (!await start()) return;
+  const words = "The key is accepted.";
+  if (refused && refused === shown) perform(refused, `${words} Generating.`); // its notice goes, too
+  else say(words);
 }
 
 function forgetKey() {
@@ -196,7 +199,7 @@ function forgetKey() {
 
 const NUMBERS = ["max_tokens", "temperature", "top_p", "top_k", "n", "seed"];
 let ranges = null; // of every field, once they are known
-let defaults = {};
+let firstValues = null; // of the numbers, likewise
 let modelNames = [];
 let numStops = 0;
 let numLogprobs = 0;
@@ -221,19 +224,19 @@ async function load() {
     return response.json().catch(() => { throw new Problem(GONE, { isGone: true }); });
   };
   const [{ components }, { model_names }] = await Promise.all([get("openapi.json"), get("ready")]);
-  $("params").disabled = false;
   const asked = components.schemas.CompletionRequest.properties;
   // The native route's first values suit a reader better, and its length has an upper end.
   const native = components.schemas.GenerateRequest.properties;
+  const isFirst = !ranges; // later, with another key, the form keeps what is in it
+  const chosen = modelBoxes().filter((box) => box.checked).map((box) => box.value);
   ranges = Object.fromEntries(NUMBERS.map((name) => [name, rangeOf(asked[name])]));
   ranges.max_tokens = rangeOf(native.max_new_tokens);
   numStops = asked.stop.anyOf.find((each) => each.type === "array").maxItems;
   numLogprobs = rangeOf(asked.logprobs).max;
   modelNames = model_names;
-  const isFirst = !Object.keys(defaults).length; // later, the form has values of its own
-  defaults = {
+  firstValues = {
     max_tokens: native.max_length.default, temperature: native.temperature.default,
-    top_p: native.top_p.default, top_k: native.top_k.default, n: asked.n.default, seed: "",
+    top_p: native.top_p.default, top_k: native.top_k.default, n: asked.n.default,
   };
   for (const name of NUMBERS) {
     const { isWhole, hasMin, min, max } = ranges[name];
@@ -243,14 +246,24 @@ async function load() {
     const slider = document.querySelector(`[data-of=${name}]`);
     if (slider) Object.assign(slider, bounds);
   }
-  if (!isFirst) return;
-  $("models").lastElementChild.replaceChildren(...modelNames.map((name, index) => {
+  $("models").lastElementChild.replaceChildren(...modelNames.map((name) => {
     const box = make("input", { type: "checkbox", name: "model", value: name });
-    box.checked = index === 0;
+    box.checked = chosen.includes(name);
     return make("label", { class: "check" }, box, name);
   }));
   $("models").hidden = modelNames.length < 2;
+  $("params").disabled = false;
+  if (!isFirst) return;
+  setFirstValues();
   readAddress();
+}
+
+/** Every field but the prompt as it is at first. */
+function setFirstValues() {
+  for (const name of NUMBERS) setNumber(name, firstValues[name] ?? "");
+  $("stop_strings").value = "";
+  $("logprobs").checked = false;
+  modelBoxes().forEach((box, index) => { box.checked = index === 0; });
 }
 
 function setNumber(name, value) {
@@ -327,23 +340,16 @@ let addressTimer;
 const MAX_LINK = 32_000;
 
 function writeAddress(asked) {
-  clearTimeout(addressTimer); // what is written now is newer than what was to be
-  let link = linkTo(asked);
-  if (link.length > MAX_LINK) link = linkTo({ ...asked, fields: { ...asked.fields, prompt: null } });
-  history.replaceState(null, "", link);
+  clearTimeout(addressTimer); // a change of the form from before would overwrite this
+  const { prompt, ...others } = asked.fields;
+  const links = [linkTo(asked), linkTo({ ...asked, fields: others }), "#"];
+  history.replaceState(null, "", links.find((link) => link.length <= MAX_LINK));
 }
 
 /** Fills the form from a link. What is no value for a field is left out, what is out of its
  * range is brought into it. */
 function readAddress() {
   const link = new URLSearchParams(location.hash.slice(1));
-  if (link.has("prompt")) $("prompt").value = link.get("prompt");
-  if (!ranges) return;
-  // Nothing of a link before is left.
-  for (const name of NUMBERS) setNumber(name, defaults[name]);
-  $("stop_strings").value = "";
-  $("logprobs").checked = link.has("logprobs");
-  modelBoxes().forEach((box, index) => { box.checked = index === 0; });
   for (const name of NUMBERS) {
     const { isWhole, hasMin, min, max } = ranges[name];
     let value = Number(link.get(name) || NaN);
@@ -355,6 +361,22 @@ function readAddress() {
   if (stops.length) $("stop_strings").value = stops.map(written).join("\n");
   const models = link.getAll("model").filter((name) => modelNames.includes(name));
   if (models.length) for (const box of modelBoxes()) box.checked = models.includes(box.value);
+  if (link.has("logprobs")) $("logprobs").checked = true;
+}
+
+function readPrompt() {
+  const link = new URLSearchParams(location.hash.slice(1));
+  if (link.has("prompt")) $("prompt").value = link.get("prompt");
+}
+
+/** Another link in the same tab: nothing of the form from before is mixed into it. */
+function readNewAddress() {
+  clearTimeout(addressTimer);
+  $("prompt").value = "";
+  readPrompt();
+  if (!ranges) return;
+  setFirstValues();
+  readAddress();
 }
 
 function formChanged() {
@@ -366,7 +388,7 @@ function formChanged() {
     } catch (problem) {
       if (!(problem instanceof Problem)) throw problem; // a form half filled in has no link
     }
-  }, 300);
+  }, 500);
 }
 
 // --- Asking -------------------------------------------------------------------------------------
@@ -377,6 +399,7 @@ function formChanged() {
 
 let shown = null; // the run on display
 let view = null; // its panes
+let refused = null; // the run that lacked a key
 let stopper = null; // AbortController of what is under way
 
 /** The body of a request, which the page sends as a stream. */
@@ -388,12 +411,25 @@ function bodyOf(run, model) {
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
-  for (;;) {
-    const { value, done } = await reader.read().catch(lostConnection);
-    if (done) return;
-    const blocks = (rest + value).split("\n\n");
-    rest = blocks.pop();
-    for (const block of blocks) if (block.startsWith("data: ")) yield block.slice(6);
+  try {
+    for (;;) {
+      const { value, done } = await reader.read().catch(lostConnection);
+      if (done) return;
+      const blocks = (rest + value).split("\n\n");
+      rest = blocks.pop();
+      for (const block of blocks) if (block.startsWith("data: ")) yield block.slice(6);
+    }
+  } finally { // whoever stops reading lets the service stop, too
+    reader.cancel().catch(() => {});
+  }
+}
+
+/** What JSON text means; null if it is none. */
+function parsed(text) {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return null;
   }
 }
 
@@ -412,16 +448,14 @@ async function* chunks(run, model, signal) {
   if (!response.ok) throw await problemOf(response);
   for await (const data of events(response)) {
     if (data === "[DONE]") return;
-    let chunk;
-    try {
-      chunk = JSON.parse(data);
-    } catch {
-      chunk = { error: { message: "The answer could not be read." } };
-    }
-    if (chunk.error) {
+    const chunk = parsed(data);
+    if (chunk?.error) {
       throw new Problem("The text broke off here. Generate again, or ask for less length.", {
         said: chunk.error.message,
       });
+    }
+    if (!chunk?.choices || !chunk.usage) {
+      throw new Problem("The answer came garbled: something on its way changed it. Generate again.");
     }
     yield chunk;
   }
@@ -476,6 +510,7 @@ async function answerWith(run, answer, pane, signal) {
       if (isStop(problem)) return;
       if (!(problem instanceof Problem)) throw problem;
       pane.setRunning(false);
+      if (problem.isKey) refused = run;
       if (problem.waitSeconds) {
         problem.waitSeconds = Math.max(problem.waitSeconds, Math.min(2 ** attempt, 30));
         if (await waitToRetry(pane.notice, problem, signal)) {
@@ -495,19 +530,28 @@ async function answerWith(run, answer, pane, signal) {
 }
 
 /** Asks every model of the run at once; a run that is under way is stopped. */
-async function perform(run) {
+async function perform(run, words = "Generating.") {
   stop();
+  refused = null;
   const mine = stopper = new AbortController();
   $("stop").removeAttribute("aria-disabled");
   show(run);
   writeAddress(run);
-  say("Generating.");
+  say(words);
   const { signal } = mine;
-  await Promise.all(run.answers.map((answer, at) => answerWith(run, answer, view[at], signal)));
+  try {
+    await Promise.all(run.answers.map((answer, at) => answerWith(run, answer, view[at], signal)));
+  } finally { // whatever happened, nothing is left to stop
+    if (mine === stopper) setIdle();
+  }
   if (run.answers.some(({ figures }) => figures)) remember(run);
-  if (mine !== stopper) return; // another run has taken over
-  setIdle();
-  say(view.map((pane) => pane.notice.firstChild?.textContent ?? pane.summary()).join(" "));
+  if (signal.aborted) return; // stopped, or another run has taken over
+  // One problem alone has been told already; beside other texts it is told with them.
+  const isFine = (pane) => !pane.notice.hasChildNodes();
+  if (!view.some(isFine)) return;
+  say(view.map((pane) => (isFine(pane)
+    ? pane.summary()
+    : `${pane.name.textContent}: ${pane.notice.firstChild.textContent}`)).join(" "));
 }
 
 function setIdle() {
@@ -585,7 +629,8 @@ class Pane {
       const element = make("div", { class: "choice" }, text, make("div", { class: "end" }, end, copier));
       const tokens = run.logprobs && choice.tokens ? new TokenView(element, at) : null;
       text.append(tokens?.element ?? made);
-      return { choice, element, text, made, end, tokens };
+      copier.hidden = true; // until there is some text
+      return { choice, element, text, made, end, copier, tokens };
     });
     this.choices.replaceChildren(...this.drawn.map(({ element }) => element));
     this.drawn.forEach((_, index) => this.grow(index, this.drawn[index].choice.text));
@@ -594,8 +639,9 @@ class Pane {
 
   /** Shows what has been added to a choice. */
   grow(index, text) {
-    const { choice, made, tokens } = this.drawn[index];
-    if (tokens) tokens.show(choice.tokens, Boolean(choice.end) || !this.isRunning);
+    const { choice, made, copier, tokens } = this.drawn[index];
+    copier.hidden = !choice.text;
+    if (tokens) tokens.show(choice, Boolean(choice.end) || !this.isRunning);
     else made.appendData(text);
     if (choice.end) this.showEnds();
   }
@@ -701,45 +747,57 @@ class TokenView {
   constructor(block, index) {
     this.index = index;
     this.numShown = 0;
+    this.covered = 0; // of the text's length, so much is shown
     this.detail = make("div", { class: "detail", role: "tooltip", id: `detail-${numDetails += 1}` });
     this.detail.hidden = true;
     this.element = make("span", { role: "group", "aria-label": `Tokens of text ${index + 1}; arrow keys go from one to the next` });
     this.block = block;
     block.append(this.detail);
-    block.addEventListener("pointerover", ({ target, pointerType }) => {
-      if (target.closest(".token")) this.open(target);
-      else if (pointerType === "mouse") this.close();
-    });
+    this.element.addEventListener("pointerover", ({ target }) => this.open(target));
     this.element.addEventListener("focusin", ({ target }) => this.open(target));
     this.element.addEventListener("click", ({ target }) => this.open(target));
     this.element.addEventListener("focusout", () => this.close());
-    block.addEventListener("pointerleave", ({ pointerType }) => pointerType === "mouse" && this.close());
+    this.element.addEventListener("pointerout", ({ pointerType }) => pointerType === "mouse" && this.close());
     block.addEventListener("keydown", (event) => this.press(event));
   }
 
-  /** Shows further tokens; those of a character that is not complete only at the end. */
-  show(tokens, isEnd) {
+  /** Shows further tokens; those of a character that is not complete, and those whose text has
+   * not come yet, only at the end. */
+  show({ tokens, text }, isEnd) {
     let group = [];
+    const add = () => {
+      const own = textOf(group.map(([token]) => token)) ?? "\ufffd";
+      if (!isEnd && this.covered + own.length > text.length) return false;
+      this.add(group, own, text);
+      group = [];
+      return true;
+    };
     for (const token of tokens.slice(this.numShown)) {
       const isPart = BYTES.test(token[0]);
-      if (group.length && !isPart) this.add(group.splice(0)); // it will not be completed
+      if (group.length && !isPart && !add()) return; // it will not be completed
       group.push(token);
-      if (textOf(group.map(([each]) => each)) !== null) this.add(group.splice(0));
+      if (textOf(group.map(([each]) => each)) !== null && !add()) return;
     }
-    if (isEnd && group.length) this.add(group);
+    if (!isEnd) return;
+    if (group.length) add();
+    this.element.append(text.slice(this.covered)); // what no token covers
+    this.covered = text.length;
   }
 
-  add(group) {
+  add(group, own, all) {
     this.numShown += group.length;
-    const text = textOf(group.map(([token]) => token)) ?? "\ufffd";
+    const start = all.indexOf(own, this.covered);
+    if (start < 0 || !own) return; // it adds nothing to the text, as the end of a text does
+    this.element.append(all.slice(this.covered, start));
+    this.covered = start + own.length;
     const logprob = group.reduce((sum, [, each]) => sum + each, 0);
     const token = make("span", {
       class: `token ${classOf(Math.exp(logprob))}`,
       role: "button",
-      tabindex: this.element.firstChild ? -1 : 0,
-      "aria-label": `${text.trim() || spelled(text)}, ${percent(logprob)}`,
+      tabindex: this.element.firstElementChild ? -1 : 0,
+      "aria-label": `${own.trim() || spelled(own)}, ${percent(logprob)}`,
       "aria-describedby": this.detail.id,
-    }, text.replaceAll("\n", "↵\n"));
+    }, own.replaceAll("\n", "↵\n"));
     token.group = group;
     this.element.append(token);
   }
@@ -773,7 +831,7 @@ class TokenView {
 
   press(event) {
     const token = event.target.closest(".token");
-    if (token && (event.key === "Enter" || event.key === " ") && !event.ctrlKey && !event.metaKey) {
+    if (token && ["Enter", " "].includes(event.key) && !event.ctrlKey && !event.metaKey) {
       event.preventDefault();
       this.open(token);
     }
@@ -798,15 +856,15 @@ const hasTokens = ({ choices }) => Boolean(choices[0].tokens);
 function switchView() {
   if (!shown) return formChanged();
   const isOn = $("logprobs").checked;
-  writeAddress({ ...shown, logprobs: isOn });
   if (isOn && !shown.answers.every(hasTokens)) {
     shown.logprobs = true;
     perform(shown);
   } else {
     // The tokens stay with the run; it is drawn without them.
     shown.logprobs = isOn;
-    if (stopper) perform(shown);
-    else show(shown);
+    if (stopper) return perform(shown);
+    writeAddress(shown); // not the form's, whose seed may be empty
+    show(shown);
   }
 }
 
@@ -867,17 +925,19 @@ function asPython({ top_k, ...body }) {
 // --- History ------------------------------------------------------------------------------------
 
 const MAX_RUNS = 30;
-let runs = keptRuns();
 
-/** The runs of before a reload; none where they are of another form, as after an update. */
+const isRun = (run) => typeof run?.fields?.prompt === "string"
+  && Array.isArray(run.fields.stop ?? []) && Array.isArray(run.models) && Array.isArray(run.answers)
+  && run.answers.every((answer) => answer?.choices?.length
+    && answer.choices.every?.((choice) => typeof choice?.text === "string"));
+
+/** Another version of this page may have left something else there. */
 function keptRuns() {
-  try {
-    const kept = JSON.parse(store.getItem("runs") ?? "[]");
-    return kept.filter(({ fields, models, answers }) => fields.prompt && models.length && answers.length);
-  } catch {
-    return [];
-  }
+  const kept = parsed(store.getItem("runs") ?? "[]");
+  return Array.isArray(kept) ? kept.filter(isRun) : [];
 }
+
+let runs = keptRuns();
 
 function remember(run) {
   runs = [run, ...runs.filter((each) => each !== run)].slice(0, MAX_RUNS);
@@ -897,11 +957,19 @@ function listRuns() {
     const made = button(make("span", {}, fields.prompt.slice(0, 200)), () => {
       stop();
       fillForm(run);
-      shown = run;
-      switchView(); // it may have to be asked for its tokens again
+      run.logprobs = $("logprobs").checked;
+      if (run.logprobs && !run.answers.every(hasTokens)) {
+        perform(run); // the tokens were not kept; its seed makes it the same
+      } else {
+        writeAddress(run);
+        show(run);
+      }
       $("result").focus();
     });
-    made.append(make("small", {}, `${models.join(", ")} · seed ${fields.seed} · temperature ${fields.temperature} · ${fields.n} × ${fields.max_tokens}`));
+    made.append(make("small", {}, [
+      models.join(", "), `seed ${fields.seed}`, `temperature ${fields.temperature}`,
+      `length ${fields.max_tokens}`, `${fields.n} ${fields.n === 1 ? "sequence" : "sequences"}`,
+    ].join(" · ")));
     return make("li", {}, made);
   }));
   $("clear").hidden = !runs.length;
@@ -951,7 +1019,8 @@ async function watch() {
       const response = await fetch("metrics", { headers: keyHeader() }).catch(() => null);
       $("live").hidden = !response?.ok;
       if (response?.ok) showLive(await response.text().catch(() => ""));
-      if (response?.status === 401) return; // start() begins again, with another key
+      // Without a key, or where there are no figures; start() begins again with another key.
+      if ([401, 404].includes(response?.status)) return;
     }
     await sleep(1000 * POLL_SECONDS);
   }
@@ -961,18 +1030,21 @@ async function watch() {
 
 let watching = null;
 
-/** Sets the page up; where the service is away or busy, once it is back. */
+/** Sets the page up; where the service is away or busy, once it is back. False: it did not. */
 async function start() {
   watching ??= watch().finally(() => { watching = null; });
   for (;;) {
     try {
       await load();
       $("problem").replaceChildren();
-      return;
+      return true;
     } catch (problem) {
       if (!(problem instanceof Problem)) throw problem;
-      if (!problem.isGone && !problem.waitSeconds) return tell($("problem"), problem);
-      if (!await waitToRetry($("problem"), problem)) return;
+      if (!problem.isGone && !problem.waitSeconds) {
+        tell($("problem"), problem);
+        return false;
+      }
+      if (!await waitToRetry($("problem"), problem)) return false;
     }
   }
 }
@@ -982,10 +1054,12 @@ $("ask").addEventListener("submit", (event) => {
   generate();
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") for (const each of document.querySelectorAll(".detail")) each.hidden = true;
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
     event.preventDefault();
-    if (!event.repeat) generate();
+    if (!event.repeat) generate(); // a key held down asks once
+  }
+  if (event.key === "Escape") { // from wherever the focus is: the mouse opens details, too
+    for (const detail of document.querySelectorAll(".detail")) detail.hidden = true;
   }
 });
 $("stop").addEventListener("click", () => {
@@ -1020,9 +1094,9 @@ $("key-field").addEventListener("submit", (event) => {
 });
 $("forget-key").addEventListener("click", forgetKey);
 $("clear").addEventListener("click", clearRuns);
-addEventListener("hashchange", readAddress);
+addEventListener("hashchange", readNewAddress);
 
 if (key()) showKeyField();
 listRuns();
-readAddress();
+readPrompt();
 start();
