@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -60,24 +61,30 @@ def start(**environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize(
-    ("variable", "value", "allowed"),
-    [
-        ("MAX_NUM_SEQS", "0", "greater than or equal to 1"),
-        ("DTYPE", "float64", "'auto', 'float32' or 'bfloat16'"),
-        ("MODEL_NAME", "/no/such/folder", "cannot load"),
-        ("FORBIDDEN_WORDS", "two words", "allowed are letters"),
-        ("RATE_LIMIT_STORAGE", "nowhere://me:secret@host", "unknown storage scheme : async+***"),
-    ],
-)
-def test_settings_bad_value_stops_the_start(variable: str, value: str, allowed: str) -> None:
-    stopped = start(**{variable: value, "HF_HUB_OFFLINE": "1"})
-    assert stopped.returncode == 1
-    line = stopped.stderr.strip().splitlines()[-1]
-    assert variable in line
-    assert allowed in line
-    assert "Traceback" not in stopped.stderr
-    assert "secret" not in stopped.stderr
+BAD_SETTINGS = [  # what one start can tell, a start each
+    {
+        "MAX_NUM_SEQS": ("0", "greater than or equal to 1"),
+        "DTYPE": ("float64", "'auto', 'float32' or 'bfloat16'"),
+        "RATE_LIMIT_STORAGE": ("nowhere://me:secret@host", "unknown storage scheme : async+***"),
+    },
+    {"MODEL_NAME": ("/no/such/folder", "cannot load")},
+    {"FORBIDDEN_WORDS": ("two words", "allowed are letters")},
+]
+
+
+def test_settings_bad_value_stops_the_start() -> None:
+    def start_with(bad: dict[str, tuple[str, str]]) -> subprocess.CompletedProcess[str]:
+        return start(HF_HUB_OFFLINE="1", **{variable: bad[variable][0] for variable in bad})
+
+    with ThreadPoolExecutor() as pool:
+        for bad, stopped in zip(BAD_SETTINGS, pool.map(start_with, BAD_SETTINGS), strict=True):
+            assert stopped.returncode == 1
+            line = stopped.stderr.strip().splitlines()[-1]
+            for variable, (_, allowed) in bad.items():
+                assert variable in line
+                assert allowed in line
+            assert "Traceback" not in stopped.stderr
+            assert "secret" not in stopped.stderr
 
 
 def test_settings_empty_variable_counts_as_unset(tmp_path: Path) -> None:
@@ -205,7 +212,7 @@ def test_log_names_the_route_and_never_the_prompt(caplog: pytest.LogCaptureFixtu
 @pytest.mark.parametrize("is_chunked", [False, True])
 def test_body_too_large_is_413(is_chunked: bool) -> None:
     content = b"a" * (main.settings.max_body_bytes + 1)
-    response = post_raw(iter([content]) if is_chunked else content)  # type: ignore[arg-type]
+    response = post_raw(iter([content]) if is_chunked else content)
     assert response.status_code == 413
     assert response.json() == {"detail": "Request body is larger than 1000000 bytes"}
     assert response.headers["X-Request-ID"]

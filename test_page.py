@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlencode
 
-os.environ.setdefault("MODEL_NAME", str(Path(__file__).parent / "gpt2-tales"))
-
 import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe

@@ -7,16 +7,12 @@ and break it. `slow` makes every step take a while, so that nothing hangs on the
 
 import asyncio
 import json
-import os
 import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
-from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("MODEL_NAME", str(Path(__file__).parent / "gpt2-tales"))
 
 import httpx
 import pytest

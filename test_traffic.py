@@ -16,8 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("MODEL_NAME", str(Path(__file__).parent / "gpt2-tales"))
-
 import httpx
 import openai
 import pytest
