@@ -618,7 +618,7 @@ class ExternalEngine:
         if status not in (400, 413, 422):
             return InferenceError("upstream failed")
         code = None
-        with suppress(ValueError, KeyError, TypeError):
+        with suppress(ValueError, KeyError, TypeError, httpx.HTTPError):  # the status says enough
             code = from_json(await beginning(response))["error"]["code"]
         return RefusedError(code if code in KEPT_CODES else None)
 

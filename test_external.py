@@ -17,12 +17,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("MODEL_NAME", str(Path(__file__).parent / "gpt2-tales"))
 
 import httpx
 import openai
@@ -534,12 +532,16 @@ def scripted(answer: bytes, stays: bool = False) -> Iterator[str]:
                 connection = listener.accept()[0]
             except OSError:  # closed: the end of the test
                 return
-            connection.recv(65536)
-            connection.sendall(answer)
-            if stays:
-                kept.append(connection)
-            else:
-                connection.close()
+            with suppress(OSError):  # of a client that has heard enough
+                connection.recv(65536)
+                connection.sendall(answer)
+                if stays:
+                    kept.append(connection)
+                    continue
+                connection.shutdown(socket.SHUT_WR)
+                while connection.recv(65536):  # a close before all is read is a reset, and
+                    pass  # takes the answer with it
+            connection.close()
 
     thread = threading.Thread(target=serve)
     thread.start()
@@ -603,6 +605,7 @@ def test_broken_stream_is_an_error(answer: bytes, capfd: pytest.CaptureFixture[s
         (streamed(status=b"307 Elsewhere\r\nLocation: /v2"), 500),
         (streamed(status=b"403 No"), 500),
         (streamed(b"[" * 100_000, status=b"400 Bad"), 422),
+        (streamed(status=b"400 Bad\r\nContent-Length: 100"), 422),
         (streamed(status=b"404 Not Found"), 500),
         (streamed(status=b"503 Busy\r\nRetry-After: 7"), 503),
         (streamed(status=b"429 Busy\r\nRetry-After: <script>"), 503),
