@@ -966,14 +966,6 @@ class Engine:
                 deadline.cancel()
             self.abort(*requests)
 
-    async def complete(
-        self, *requests: Request, timeout_seconds: float | None = None
-    ) -> list[Delta]:
-        """Every sequence of the requests as one delta, in order. Raises as `stream` does."""
-        stream = self.stream(*requests, timeout_seconds=timeout_seconds)
-        last = {delta.index: delta async for delta in stream}
-        return [last[index] for index in sorted(last)]
-
     def abort(self, *requests: Request) -> None:
         """Frees the requests' places before the next step; a no-op when they are finished."""
         with self._lock:

@@ -406,7 +406,8 @@ class ExternalEngine:
             arrived_seconds=arrived_seconds,
             timeout_seconds=timeout_seconds,
         )
-        await self.complete(request, timeout_seconds=timeout_seconds)
+        async for _ in self.stream(request, timeout_seconds=timeout_seconds):
+            pass
         if request.usage is None:
             logger.warning("%s: upstream does not say how many tokens a prompt has", self.name)
             raise InferenceError("upstream sent no usage")
@@ -445,14 +446,6 @@ class ExternalEngine:
             if timer:
                 timer.cancel()
             self.abort(request)
-
-    async def complete(
-        self, *requests: Request, timeout_seconds: float | None = None
-    ) -> list[Delta]:
-        """Every choice of the request as one delta, in order. Raises as `stream` does."""
-        stream = self.stream(*requests, timeout_seconds=timeout_seconds)
-        last = {delta.index: delta async for delta in stream}
-        return [last[index] for index in sorted(last)]
 
     def abort(self, *requests: Request) -> None:
         """Closes the requests' connections; a no-op when they are finished."""

@@ -1311,28 +1311,20 @@ async def report_refusal(http: Request, error: StarletteHTTPException) -> JSONRe
 
 
 @app.exception_handler(QueueFullError)
-async def refuse_overload(http: Request, error: QueueFullError) -> JSONResponse:
-    QUEUE_REFUSALS.inc()
-    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
-    return error_response(http.scope, 503, OVERLOADED, headers)
-
-
 @app.exception_handler(EngineStoppedError)
-async def refuse_stopped(http: Request, error: EngineStoppedError) -> JSONResponse:
-    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
-    return error_response(http.scope, 503, STOPPING, headers)
-
-
 @app.exception_handler(UnreachableError)
-async def refuse_unreachable(http: Request, error: UnreachableError) -> JSONResponse:
-    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
-    return error_response(http.scope, 503, UNREACHABLE, headers)
-
-
 @app.exception_handler(BusyError)
-async def refuse_busy(http: Request, error: BusyError) -> JSONResponse:
-    headers = {"Retry-After": str(error.retry_after_seconds)}
-    return error_response(http.scope, 503, BUSY, headers)
+async def refuse_for_now(http: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, QueueFullError):
+        QUEUE_REFUSALS.inc()
+    seconds = error.retry_after_seconds if isinstance(error, BusyError) else RETRY_AFTER_SECONDS
+    detail = {
+        QueueFullError: OVERLOADED,
+        EngineStoppedError: STOPPING,
+        UnreachableError: UNREACHABLE,
+        BusyError: BUSY,
+    }[type(error)]
+    return error_response(http.scope, 503, detail, {"Retry-After": str(seconds)})
 
 
 @app.exception_handler(RefusedError)
@@ -1557,32 +1549,34 @@ async def unless_client_goes(http: Request, work: Awaitable[T]) -> T:
         working.add_done_callback(lambda _: working.cancelled() or working.exception())
 
 
+def deltas_in_time(model_name: str, *requests: EngineRequest) -> aclosing[AsyncGenerator[Delta]]:
+    """`Engine.stream`, to be closed at the end of a `with`, with the service's deadline."""
+    timeout_seconds = settings.request_timeout_seconds
+    return aclosing(engines[model_name].stream(*requests, timeout_seconds=timeout_seconds))
+
+
+async def last_deltas(model_name: str, requests: list[EngineRequest]) -> list[Delta]:
+    """Every sequence of requests that are not streamed as one delta, in order."""
+    async with deltas_in_time(model_name, *requests) as deltas:
+        last = {delta.index: delta async for delta in deltas}
+    return [last[index] for index in sorted(last)]
+
+
 async def complete(
     http: Request, submitted: Iterable[tuple[str, list[EngineRequest]]]
 ) -> list[list[Delta]]:
     """For each model, every sequence of its requests as one delta, in order.
 
-    Whatever happens, nothing is left running. Raises what `Engine.complete` does,
-    TimeoutError, and ClientGoneError.
+    Whatever happens, nothing is left running. Raises what `Engine.stream` does, and
+    ClientGoneError.
     """
     submitted = list(submitted)
-    finished = asyncio.gather(
-        *(
-            engines[name].complete(*requests, timeout_seconds=settings.request_timeout_seconds)
-            for name, requests in submitted
-        )
-    )
+    finished = asyncio.gather(*(last_deltas(name, requests) for name, requests in submitted))
     try:
         return await unless_client_goes(http, finished)
     finally:
         for name, requests in submitted:
             engines[name].abort(*requests)
-
-
-def deltas_in_time(model_name: str, *requests: EngineRequest) -> aclosing[AsyncGenerator[Delta]]:
-    """`Engine.stream`, to be closed at the end of a `with`, with the service's deadline."""
-    timeout_seconds = settings.request_timeout_seconds
-    return aclosing(engines[model_name].stream(*requests, timeout_seconds=timeout_seconds))
 
 
 class BrokenOffError(Exception):
@@ -2545,4 +2539,5 @@ def openapi() -> dict[str, Any]:
     return app.openapi_schema or {}
 
 
+# As FastAPI's own documentation has it (Advanced: Extending OpenAPI).
 app.openapi = openapi  # type: ignore[method-assign]

@@ -7,15 +7,13 @@ on what the bundled model says; where a test needs a certain text, `saying` make
 """
 
 import asyncio
-import os
 import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("MODEL_NAME", str(Path(__file__).parent / "gpt2-tales"))
 
 import pytest
 import torch
@@ -84,11 +82,16 @@ def sequences(
     seed: int = 0,
 ) -> list[Sequence]:
     """The sequences of one request, as the engine makes them."""
-    request = Request(prompt or [1], params, "", 0, False, loop=None)  # type: ignore[arg-type]
+    request = Request(prompt or [1], params, "", 0, False, loop=None)
     seqs = [Sequence(request, index, seed) for index in range(count)]
     for seq in seqs:
         seq.output_token_ids += output
     return seqs
+
+
+async def complete(engine: Engine, request: Request) -> list[Delta]:
+    """Every delta of a request, of one that does not stream one a sequence."""
+    return [delta async for delta in engine.stream(request)]
 
 
 async def deltas(
@@ -96,7 +99,7 @@ async def deltas(
 ) -> list[Delta]:
     """Every delta of one request, as they come."""
     request = engine.submit(ids(prompt), SamplingParams(**params), num_sequences=n, streams=streams)
-    return [delta async for delta in engine.stream(request)]
+    return await complete(engine, request)
 
 
 async def answer(engine: Engine, prompt: str, **params: Any) -> list[Delta]:
@@ -782,10 +785,10 @@ def test_prompt_that_ends_in_half_a_character_is_not_repeated(engine: Engine, pr
     (king,) = ids(" king")
     params = SamplingParams(temperature=0, max_new_tokens=2, logit_bias={king: 1e5})
 
-    async def complete(token_ids: list[int]) -> str:
-        return (await engine.complete(engine.submit(token_ids, params)))[0].text
+    async def text_after(token_ids: list[int]) -> str:
+        return (await complete(engine, engine.submit(token_ids, params)))[0].text
 
-    texts = run(complete(whole), complete(whole[:-1] or whole))
+    texts = run(text_after(whole), text_after(whole[:-1] or whole))
     assert [text.lstrip("\ufffd") for text in texts] == [" king king"] * 2
 
 
@@ -1037,7 +1040,7 @@ def test_abort_of_a_waiting_request(small_engine: Engine) -> None:
         small_engine.abort(waiting[0])
         await until(lambda: small_engine.num_waiting == 1)
         assert small_engine.num_running == 2
-        return sum([len(await small_engine.complete(r)) for r in (*running, waiting[1])])
+        return sum([len(await complete(small_engine, r)) for r in (*running, waiting[1])])
 
     assert run(abort()) == [3]
 
@@ -1045,7 +1048,7 @@ def test_abort_of_a_waiting_request(small_engine: Engine) -> None:
 def test_abort_of_a_finished_request_does_nothing(small_engine: Engine) -> None:
     async def abort() -> None:
         request = small_engine.submit(ids(SHORT), SamplingParams(max_new_tokens=2))
-        await small_engine.complete(request)
+        await complete(small_engine, request)
         for _ in range(3):
             small_engine.abort(request)
 
@@ -1078,7 +1081,7 @@ def test_leaving_a_stream_aborts_its_request(small_engine: Engine) -> None:
 
 def test_cancelled_task_aborts_its_request(small_engine: Engine) -> None:
     async def cancel() -> None:
-        task = asyncio.ensure_future(small_engine.complete(small_engine.submit([1], ENDLESS)))
+        task = asyncio.ensure_future(complete(small_engine, small_engine.submit([1], ENDLESS)))
         await until(lambda: small_engine.num_running)
         task.cancel()
         await until(lambda: is_idle(small_engine))
@@ -1096,7 +1099,7 @@ def test_full_queue_refuses_at_once(small_engine: Engine) -> None:
         with pytest.raises(QueueFullError):
             small_engine.submit(ids(SHORT), ENDLESS)
         assert small_engine.num_waiting == 8
-        return [await small_engine.complete(r) for r in (running, *waiting)]
+        return [await complete(small_engine, r) for r in (running, *waiting)]
 
     (got,) = run(overload())
     assert [len(deltas) for deltas in got] == [2, 4, 4]
@@ -1214,7 +1217,7 @@ def test_unload_of_a_failing_model_fails_what_waits_for_it(
         run(answer(small_engine, SHORT))
 
     async def leave() -> list[Any]:
-        waiting = small_engine.complete(small_engine.submit(ids(SHORT), ENDLESS))
+        waiting = complete(small_engine, small_engine.submit(ids(SHORT), ENDLESS))
         results = asyncio.gather(waiting, return_exceptions=True)
         await asyncio.to_thread(small_engine.unload)
         async with asyncio.timeout(5):
@@ -1240,7 +1243,9 @@ def test_stop_ends_everything_it_held(small_engine: Engine) -> None:
         requests = [small_engine.submit(ids(SHORT), ENDLESS) for _ in range(2)]
         await until(lambda: small_engine.num_running == 2)
         requests += [small_engine.submit(ids(SHORT), ENDLESS, streams=True) for _ in range(2)]
-        results = asyncio.gather(*map(small_engine.complete, requests), return_exceptions=True)
+        results = asyncio.gather(
+            *map(partial(complete, small_engine), requests), return_exceptions=True
+        )
         await asyncio.sleep(0)
         await asyncio.to_thread(small_engine.stop)
         with pytest.raises(EngineStoppedError):

@@ -24,8 +24,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("MODEL_NAME", str(Path(__file__).parent / "gpt2-tales"))
-
 import httpx
 import openai
 import pytest
@@ -141,7 +139,7 @@ def ray_service(deployment: dict[str, Any] | None = None, **settings: str) -> It
             for pid in filter(is_alive, {process.pid, *started}):
                 os.kill(pid, signal.SIGKILL)
             service.reader.join()
-            process.stdout.close()  # type: ignore[union-attr]
+            process.stdout.close()
             shutil.rmtree(home)
 
 
@@ -249,7 +247,7 @@ def test_limits_are_shared_and_open_without_their_storage(redis: subprocess.Pope
     settings = {
         "API_KEYS": "alice:one,bob:two",
         "RATE_LIMIT": "20",
-        "RATE_LIMIT_STORAGE": f"redis://127.0.0.1:{redis.args[2]}",  # type: ignore[index]
+        "RATE_LIMIT_STORAGE": f"redis://127.0.0.1:{redis.args[2]}",
         "MAX_NUM_SEQS": "1",
         "MAX_QUEUE_SIZE": "1",
     }
