@@ -352,6 +352,7 @@ def edited(logits: Tensor, seq: Sequence, eos: tuple[int, ...] = ()) -> Tensor:
         SamplingParams(top_k=2000, top_p=1e-9),
         SamplingParams(min_p=1),
         SamplingParams(temperature=1e-6),
+        SamplingParams(temperature=1e-300),
     ],
 )
 def test_sample_only_the_likeliest(params: SamplingParams) -> None:
