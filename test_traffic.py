@@ -509,7 +509,7 @@ def test_drain_completes_streams_and_exits_with_zero(arguments: tuple[str, ...])
                 assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
                 assert kept.get("/health").status_code == 200
 
-            texts = asyncio.run(read_streams(service, 16, stop))
+            texts = asyncio.run(read_streams(service, 16, stop, LONG | {"max_new_tokens": 100}))
         assert [text.count('"model_name"') for text in texts] == [1] * 16
         assert service.process.wait(30) == 0
 

@@ -12,6 +12,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import linear_regression
 from typing import Any
 
 BASE_BYTES = 700e6  # torch, transformers and Python, as measured
@@ -51,11 +52,8 @@ def fit(results: list[dict[str, Any]]) -> StepTime:
     points = [(row["concurrency"], row["concurrency"] / row["tokens_per_second"]) for row in rows]
     if len(points) < 2:
         sys.exit("The measurement needs at least two concurrencies of `ours`")
-    mean_n = sum(n for n, _ in points) / len(points)
-    mean_seconds = sum(seconds for _, seconds in points) / len(points)
-    covariance = sum((n - mean_n) * (seconds - mean_seconds) for n, seconds in points)
-    each = covariance / sum((n - mean_n) ** 2 for n, _ in points)
-    return StepTime(mean_seconds - each * mean_n, each)
+    each, fixed = linear_regression(*zip(*points, strict=True))
+    return StepTime(fixed, each)
 
 
 def plan(step: StepTime, args: argparse.Namespace, parameters: float) -> Plan | None:
