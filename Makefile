@@ -7,6 +7,7 @@ SECONDS ?= 60
 
 VENV := .venv
 PY := $(VENV)/bin/python
+PYTEST := $(PY) -m pytest -n 2 --dist loadfile
 
 .PHONY: help run test check run-ray test-ray bench soak clean
 
@@ -28,13 +29,13 @@ run: $(VENV)/.run
 	@exec $(PY) -m uvicorn main:app --host "$(HOST)" --port "$(PORT)" --timeout-graceful-shutdown 25
 
 test: $(VENV)/.test
-	$(PY) -m pytest
+	$(PYTEST)
 
 check: $(VENV)/.test
 	$(PY) -m ruff format --check
 	$(PY) -m ruff check
 	$(PY) -m mypy
-	$(PY) -m pytest
+	$(PYTEST)
 
 # exec: SIGTERM reaches the script, which then lets the replicas finish.
 run-ray: $(VENV)/.ray

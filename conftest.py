@@ -4,5 +4,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("MODEL_NAME", str(Path(__file__).parent / "gpt2-tales"))
-
-import main  # noqa: F401  before torch, which reads once what this sets
+# As main.py has it, which tests import after torch.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if "PYTEST_XDIST_WORKER" in os.environ:  # `make test`: there is another one beside this
+    os.environ.setdefault("TORCH_NUM_THREADS", "1")
