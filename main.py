@@ -488,10 +488,6 @@ class ContentFilter:
         """Span in text of the first forbidden word; final=False: that no further text undoes."""
         return self.scan(text, final=final)[0]
 
-    def safe_length(self, text: str) -> int:
-        """Length of the longest prefix of text that no forbidden word can begin in."""
-        return self.scan(text)[1]
-
     def scan(
         self, text: str, start: int = 0, final: bool = False
     ) -> tuple[tuple[int, int] | None, int]:
@@ -560,6 +556,8 @@ QUEUE_REFUSALS = Counter("queue_refusals", "Requests refused because the queue w
 RATE_LIMIT_REFUSALS = Counter("rate_limit_refusals", "Requests refused with 429.", ["limit"])
 BUILD = Info("build", "Versions of the service and of what it stands on.")
 
+seconds_histogram = partial(Histogram, labelnames=["model_name"], buckets=REQUEST_SECONDS)
+
 
 class ModelMetrics:
     """The figures of one served model, kept by `observe`, which its engine calls."""
@@ -573,22 +571,17 @@ class ModelMetrics:
     FINISHED = Counter(
         "vllm:request_success", "Sequences finished.", ["model_name", "finished_reason"]
     )
-    QUEUE = Histogram(
-        "vllm:request_queue_time_seconds", "Time in the queue.", ["model_name"],
-        buckets=REQUEST_SECONDS,
-    )  # fmt: skip
-    FIRST_TOKEN = Histogram(
-        "vllm:time_to_first_token_seconds", "From arrival to the first token.", ["model_name"],
-        buckets=REQUEST_SECONDS,
-    )  # fmt: skip
+    QUEUE = seconds_histogram("vllm:request_queue_time_seconds", "Time in the queue.")
+    FIRST_TOKEN = seconds_histogram(
+        "vllm:time_to_first_token_seconds", "From arrival to the first token."
+    )
     NEXT_TOKEN = Histogram(
         "vllm:inter_token_latency_seconds", "From one token to the next.", ["model_name"],
         buckets=TOKEN_SECONDS,
     )  # fmt: skip
-    REQUEST = Histogram(
-        "vllm:e2e_request_latency_seconds", "From arrival to the last token.", ["model_name"],
-        buckets=REQUEST_SECONDS,
-    )  # fmt: skip
+    REQUEST = seconds_histogram(
+        "vllm:e2e_request_latency_seconds", "From arrival to the last token."
+    )
     STEP = Histogram(
         "vllm:iteration_tokens_total", "Tokens that go through the model in one step.",
         ["model_name"], buckets=ROWS,

@@ -32,7 +32,7 @@ import yaml
 import main
 import test_main
 import test_openai
-from test_traffic import PROMPT, metric, wait_until
+from test_traffic import PROMPT, Served, metric, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -61,14 +61,7 @@ def family(parent: int) -> dict[int, str]:
     return found
 
 
-class RayService:
-    def __init__(self, process: subprocess.Popen[str], address: str):
-        self.process = process
-        self.address = address
-        self.lines: list[str] = []
-        self.reader = threading.Thread(target=self.read)
-        self.reader.start()
-
+class RayService(Served):
     def read(self) -> None:
         assert self.process.stdout
         for line in self.process.stdout:
