@@ -487,9 +487,14 @@ def gpt2_forward(model: GPT2LMHeadModel) -> Callable[..., CausalLMOutput]:
     heads, head_dim = body.h[0].attn.num_heads, body.h[0].attn.head_dim
     layers = [
         (
-            *(block.ln_1.forward, block.attn.c_attn.forward, block.attn.c_proj.forward),
-            *(block.ln_2.forward, block.mlp.c_fc.forward, block.mlp.act.forward),
-            *(block.mlp.c_proj.forward, block.attn.scaling),
+            block.ln_1.forward,
+            block.attn.c_attn.forward,
+            block.attn.c_proj.forward,
+            block.ln_2.forward,
+            block.mlp.c_fc.forward,
+            block.mlp.act.forward,
+            block.mlp.c_proj.forward,
+            block.attn.scaling,
         )
         for block in body.h
     ]

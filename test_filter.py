@@ -171,7 +171,7 @@ def test_time_is_linear(piece: str, words: str) -> None:
     """A million characters take about a second; a quadratic scan would take hours."""
     content_filter, text = ContentFilter(words), (piece * 1_000_000)[:1_000_000]
     start = time.perf_counter()
-    content_filter.scan(text)[1]
+    content_filter.scan(text)
     assert time.perf_counter() - start < 20
 
 
