@@ -718,6 +718,7 @@ def test_killed_upstream_ends_streams_and_serves_again_once_back(
         'data: {"error": {"message": "Model inference failed", "type": "server_error", '
         '"param": null, "code": null}}\n\n'
     )
+    upstream.service.process.wait(60)  # until then its socket still takes connections
     assert client.post("/generate", json={"prompt": PROMPT}).status_code == 503
     assert not engine._requests
     wait_until(lambda: not connections(engine))  # one may be looking for upstream
