@@ -364,6 +364,7 @@ class SlotCache:
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        self.group_size = heads // kv_heads
         self.shape = (num_rows + 1, kv_heads, head_dim)
         self.padding_row = num_rows
         self.max_model_len = max_model_len
@@ -398,33 +399,36 @@ class SlotCache:
     def begin(self, rows: Rows) -> None:
         """Sets what `attend` does until the next call."""
         device = self.keys[0].device
+        kv_heads = self.shape[1]
         self.rows = rows
-        self.cache_rows = torch.tensor(rows.cache_rows, device=device)
         self.positions = torch.tensor(rows.positions, device=device)
+        # Where a token's keys go, in a layer's as (rows * kv_heads * capacity, head_dim).
+        heads = torch.tensor(rows.cache_rows, device=device)[:, None] * kv_heads
+        heads = heads + torch.arange(kv_heads, device=device)
+        self.places = (heads * self.capacity + self.positions[:, None]).flatten()
         decode_positions = self.positions[: rows.decode_end - rows.decode_start]
-        key_positions = torch.arange(self.capacity, device=device)
-        is_hidden = key_positions[None, :] > decode_positions[:, None]
-        self.mask = torch.zeros(is_hidden.shape, dtype=self.keys[0].dtype, device=device)
-        self.mask.masked_fill_(is_hidden, -math.inf)
-        self.mask = self.mask[:, None, None, :]
+        is_hidden = torch.arange(self.capacity, device=device) > decode_positions[:, None]
+        mask = torch.zeros(is_hidden.shape, dtype=self.keys[0].dtype, device=device)
+        mask.masked_fill_(is_hidden, -math.inf)
+        mask = mask[:, None, None].expand(-1, kv_heads, self.group_size, -1)
+        self.mask = mask.flatten(0, 1)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Stores keys and values of all rows, then attends; (rows, heads, dim) in and out."""
         rows, keys, values = self.rows, self.keys[layer], self.values[layer]
-        keys[self.cache_rows, :, self.positions] = key
-        values[self.cache_rows, :, self.positions] = value
+        head_dim = query.shape[-1]
+        keys.view(-1, head_dim)[self.places] = key.reshape(-1, head_dim)
+        values.view(-1, head_dim)[self.places] = value.reshape(-1, head_dim)
         num_decode = rows.decode_end - rows.decode_start
         parts = []
         if num_decode:
             # Plain products: on some CPUs the fused kernel gives a row other bits in other
             # company, and for one query a row it is no faster.
             batch = slice(rows.decode_start, rows.decode_end)
-            kv_heads, head_dim = keys.shape[1], query.shape[-1]
-            grouped = (query[:num_decode] * scale).reshape(num_decode * kv_heads, -1, head_dim)
-            scores = torch.bmm(grouped, keys[batch].flatten(0, 1).transpose(1, 2))
-            scores = scores.view(num_decode, kv_heads, -1, self.capacity).add_(self.mask)
-            weights = torch.softmax(scores, dim=-1).view(*grouped.shape[:2], self.capacity)
-            attended = torch.bmm(weights, values[batch].flatten(0, 1))
+            grouped = query[:num_decode].reshape(-1, self.group_size, head_dim)
+            transposed_keys = keys[batch].flatten(0, 1).transpose(1, 2)
+            scores = torch.baddbmm(self.mask, grouped, transposed_keys, alpha=scale)
+            attended = torch.bmm(torch.softmax(scores, dim=-1), values[batch].flatten(0, 1))
             parts.append(attended.view(num_decode, *query.shape[1:]))
         for first, length in rows.prompts:
             prompt = slice(first, first + length)
