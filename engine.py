@@ -75,6 +75,9 @@ KEY_BLOCK_TOKENS = 64  # keys are kept for this many tokens, or twice as many, o
 MAX_ROLLBACKS = 8  # of a sequence, and one more for each token that it has
 MAX_FAILED_STEPS = 3  # in a row, before the engine counts as unhealthy
 PROBE_SECONDS = 1.0  # between attempts of an unhealthy engine to run one token
+HUGE_PAGE_BYTES = 2 << 20
+MAX_GAP_BYTES = 64 << 10  # between weights that count as one piece of memory
+MADV_COLLAPSE = 25  # at once, not some time: Linux 6.1; `mmap` does not have it yet
 
 
 # --- Errors -------------------------------------------------------------------------------------
@@ -643,6 +646,35 @@ def prepare_weights(model: PreTrainedModel, quantization: str | None) -> None:
     if type(model) is GPT2LMHeadModel and not model.config.add_cross_attention:
         model.forward = gpt2_forward(model)
     return_freed_memory()
+    move_to_huge_pages(
+        module.weight for module in model.modules() if isinstance(module, PackedLinear)
+    )
+
+
+def move_to_huge_pages(packed: Iterable[Tensor]) -> None:
+    """Moves packed weights to pages of 2 MiB, where Linux gives some to those who ask.
+
+    A step reads all weights once, so most of its time goes into reading memory; with larger
+    pages a product of few rows takes a tenth less. Changes no address and no bit.
+    """
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if advice is None:  # not Linux, where the same numbers may mean something else
+        return
+    spans: list[tuple[int, int]] = []
+    for weight in sorted(packed, key=torch.ops.mkldnn.data_ptr):
+        start = torch.ops.mkldnn.data_ptr(weight)
+        end = start + torch.ops.mkldnn._nbytes(weight)
+        if spans and start - spans[-1][1] < MAX_GAP_BYTES:
+            start = spans.pop()[0]
+        spans.append((start, end))
+    madvise = ctypes.CDLL(None).madvise
+    for start, end in spans:
+        first, last = -(-start // HUGE_PAGE_BYTES), end // HUGE_PAGE_BYTES
+        if first < last:
+            address = ctypes.c_void_p(first * HUGE_PAGE_BYTES)
+            num_bytes = ctypes.c_size_t((last - first) * HUGE_PAGE_BYTES)
+            madvise(address, num_bytes, advice)  # where it fails, all stays as it was
+            madvise(address, num_bytes, MADV_COLLAPSE)
 
 
 def return_freed_memory() -> None:

@@ -7,6 +7,7 @@ on what the bundled model says; where a test needs a certain text, `saying` make
 """
 
 import asyncio
+import os
 import re
 import threading
 from collections import Counter
@@ -28,6 +29,7 @@ from engine import (
     Engine,
     EngineStoppedError,
     InferenceError,
+    PackedLinear,
     QueueFullError,
     Request,
     SamplingParams,
@@ -35,6 +37,7 @@ from engine import (
     Sequence,
     Status,
     edit_logits,
+    move_to_huge_pages,
     sample,
 )
 from main import ContentFilter
@@ -309,6 +312,31 @@ def test_scheduler_is_finished() -> None:
     assert not scheduler.is_finished
     scheduler.finish(seq)
     assert scheduler.is_finished
+
+
+# --- Weights ------------------------------------------------------------------------------------
+
+
+def gives_huge_pages() -> bool:
+    """Whether this system gives huge pages to those who ask, and only to them, at once."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    release = tuple(map(int, re.findall("[0-9]+", os.uname().release)[:2]))
+    return setting.exists() and "[madvise]" in setting.read_text() and release >= (6, 1)
+
+
+def huge_kib() -> int:
+    rollup = Path("/proc/self/smaps_rollup").read_text()
+    return int(re.findall("AnonHugePages: *([0-9]+)", rollup)[0])
+
+
+@pytest.mark.skipif(not gives_huge_pages(), reason="needs Linux 6.1 with huge pages on request")
+def test_weights_move_to_huge_pages() -> None:
+    layer = PackedLinear(torch.randn(4096, 4096).bfloat16(), None)  # 32 MiB
+    x = torch.randn(2, 4096).bfloat16()
+    before, before_kib = layer(x), huge_kib()
+    move_to_huge_pages([layer.weight])
+    assert huge_kib() >= before_kib + (16 << 10)
+    assert torch.equal(layer(x), before)
 
 
 # --- Sampling -----------------------------------------------------------------------------------
