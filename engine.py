@@ -49,7 +49,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
@@ -72,6 +72,7 @@ FinishReason = Literal["stop", "length", "content_filter"]
 SHORT_PROMPT_TOKENS = 32  # prompts up to here share a step with the batch; longer ones run alone
 CONTEXT_TOKENS = 32  # of the prompt: what the decoder needs to know before the first token
 KEY_BLOCK_TOKENS = 64  # keys are kept for this many tokens, or twice as many, or …
+SUMMED_KEYS = 128  # at a time, by kernels that sum more in an order that depends on the capacity
 MAX_ROLLBACKS = 8  # of a sequence, and one more for each token that it has
 MAX_FAILED_STEPS = 3  # in a row, before the engine counts as unhealthy
 PROBE_SECONDS = 1.0  # between attempts of an unhealthy engine to run one token
@@ -405,10 +406,10 @@ class SlotCache:
         kv_heads = self.shape[1]
         self.rows = rows
         self.positions = torch.tensor(rows.positions, device=device)
-        # Where a token's keys go, in a layer's as (rows * kv_heads * capacity, head_dim).
+        # (rows, kv_heads): where keys go, in a layer's as (rows * kv_heads * capacity, head_dim).
         heads = torch.tensor(rows.cache_rows, device=device)[:, None] * kv_heads
         heads = heads + torch.arange(kv_heads, device=device)
-        self.places = (heads * self.capacity + self.positions[:, None]).flatten()
+        self.places = heads * self.capacity + self.positions[:, None]
         decode_positions = self.positions[: rows.decode_end - rows.decode_start]
         is_hidden = torch.arange(self.capacity, device=device) > decode_positions[:, None]
         mask = torch.zeros(is_hidden.shape, dtype=self.keys[0].dtype, device=device)
@@ -420,8 +421,8 @@ class SlotCache:
         """Stores keys and values of all rows, then attends; (rows, heads, dim) in and out."""
         rows, keys, values = self.rows, self.keys[layer], self.values[layer]
         head_dim = query.shape[-1]
-        keys.view(-1, head_dim)[self.places] = key.reshape(-1, head_dim)
-        values.view(-1, head_dim)[self.places] = value.reshape(-1, head_dim)
+        keys.view(-1, head_dim)[self.places] = key
+        values.view(-1, head_dim)[self.places] = value
         num_decode = rows.decode_end - rows.decode_start
         parts = []
         if num_decode:
@@ -431,7 +432,12 @@ class SlotCache:
             grouped = query[:num_decode].reshape(-1, self.group_size, head_dim)
             transposed_keys = keys[batch].flatten(0, 1).transpose(1, 2)
             scores = torch.baddbmm(self.mask, grouped, transposed_keys, alpha=scale)
-            attended = torch.bmm(torch.softmax(scores, dim=-1), values[batch].flatten(0, 1))
+            weights, weighted = torch.softmax(scores, dim=-1), values[batch].flatten(0, 1)
+            if self.group_size > 1 and weights.dtype == torch.float32:
+                pieces = (weights.split(SUMMED_KEYS, -1), weighted.split(SUMMED_KEYS, -2))
+                attended = reduce(torch.add, map(torch.bmm, *pieces))
+            else:
+                attended = torch.bmm(weights, weighted)
             parts.append(attended.view(num_decode, *query.shape[1:]))
         for first, length in rows.prompts:
             prompt = slice(first, first + length)

@@ -28,8 +28,8 @@ import pytest
 
 import main
 from external import RETRY_PAUSES_SECONDS, Choice, ExternalEngine
-from test_server import events, read_all, serve_in_thread, wait_until
-from test_traffic import Served, metric, served
+from test_server import events, read_all, serve_in_thread
+from test_traffic import Served, metric, served, wait_until
 
 NAME, UPSTREAM_NAME = "org/tales", "gpt2-tales"
 KEY = "a-secret-of-upstream"
@@ -62,11 +62,11 @@ class Upstream:
         assert answer.status_code == 200
         return answer.json()
 
-    @property
-    def num_running(self) -> float:
-        return metric(
-            httpx.get(self.service.address + "/metrics").text, "vllm:num_requests_running"
-        )
+    def figure(self, name: str) -> float:
+        return metric(httpx.get(self.service.address + "/metrics").text, name)
+
+    def is_idle(self) -> bool:
+        return self.figure("vllm:num_requests_running") == 0
 
 
 @pytest.fixture(scope="module")
@@ -372,7 +372,7 @@ def test_full_upstream_is_a_503(client: httpx.Client, upstream: Upstream) -> Non
         answer = client.post("/generate", json={"prompt": PROMPT})
     assert (answer.status_code, answer.json()) == (503, {"detail": main.BUSY})
     assert answer.headers["retry-after"] == "1"
-    wait_until(lambda: upstream.num_running == 0)
+    wait_until(upstream.is_idle)
 
 
 def test_so_many_requests_are_open_at_once_and_no_more(upstream: Upstream) -> None:
@@ -414,7 +414,7 @@ def test_forbidden_word_ends_the_choice(upstream: Upstream, streams: bool) -> No
     assert choices[-1]["finish_reason"] == "content_filter"
     tokens = [token for choice in choices for token in choice["logprobs"]["tokens"]]
     assert expected.startswith("".join(tokens))
-    wait_until(lambda: upstream.num_running == 0)
+    wait_until(upstream.is_idle)
 
 
 def test_forbidden_alternatives_are_left_out(upstream: Upstream) -> None:
@@ -459,6 +459,7 @@ def test_client_that_leaves_frees_its_place_upstream(
     client: httpx.Client, engine: ExternalEngine, upstream: Upstream, streams: bool
 ) -> None:
     body = {**LONG, "stream": streams}
+    before = upstream.figure("vllm:generation_tokens_total")
 
     async def leave() -> None:
         async with httpx.AsyncClient(base_url=client.base_url) as leaving:
@@ -466,7 +467,9 @@ def test_client_that_leaves_frees_its_place_upstream(
 
     with pytest.raises(TimeoutError):
         asyncio.run(leave())
-    wait_until(lambda: upstream.num_running == 0, seconds=2)
+    wait_until(upstream.is_idle)
+    num_generated = upstream.figure("vllm:generation_tokens_total") - before
+    assert num_generated < LONG["n"] * LONG["max_tokens"]
     wait_until(lambda: not connections(engine))  # one may be looking for upstream
 
 
@@ -477,7 +480,7 @@ def test_client_that_leaves_before_upstream_answers(path: str, body: dict[str, A
         with in_front(engine) as client:
             with pytest.raises(httpx.ReadTimeout):
                 client.post(path, json={"prompt": PROMPT, **body}, timeout=0.3)
-            wait_until(lambda: not engine._requests, seconds=2)
+            wait_until(lambda: not engine._requests)
             assert not connections(engine)
 
 
@@ -492,7 +495,7 @@ def test_deadline_is_a_504_or_an_error_event(
     *chunks, (_, last) = read_events(client, LONG)
     assert chunks
     assert last["error"]["message"] == message
-    wait_until(lambda: upstream.num_running == 0)
+    wait_until(upstream.is_idle)
 
 
 def test_deadline_holds_before_upstream_answers(monkeypatch: pytest.MonkeyPatch) -> None:

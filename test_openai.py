@@ -25,7 +25,8 @@ from transformers import AutoTokenizer
 import main
 from engine import Engine
 from test_engine import load, tiny_llama, tokenizer
-from test_server import is_idle, serve_in_thread, wait_until
+from test_server import is_idle, serve_in_thread
+from test_traffic import wait_until
 
 NAME = "gpt2-tales"
 PROMPT = "Once upon a time"

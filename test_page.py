@@ -24,8 +24,8 @@ from fastapi.testclient import TestClient
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 
 import main
-from test_server import is_idle, serve_in_thread, stream, wait_until
-from test_traffic import Served, served
+from test_server import is_idle, serve_in_thread, stream
+from test_traffic import Served, served, wait_until
 
 ROOT = Path(__file__).parent
 PROMPT = "Once upon a time"

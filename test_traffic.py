@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def served(*arguments: str, port: int = 0, **settings: str) -> Iterator[Served]:
     assert process.stdout
     service = Served(process, f"http://127.0.0.1:{port}")
     try:
-        wait_until(lambda: is_ready(service), seconds=60)
+        wait_until(lambda: is_ready(service))
         yield service
     finally:
         if process.poll() is None:
@@ -82,11 +82,11 @@ def is_ready(service: Served) -> bool:
         return False
 
 
-def wait_until(condition: Any, seconds: float = 20) -> None:
+def wait_until(condition: Callable[[], Any], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "never came true"
-        time.sleep(0.02)
+        time.sleep(0.01)
 
 
 def metric(text: str, name: str) -> float:
