@@ -356,7 +356,7 @@ class Rows:
 
 
 class SlotCache:
-    """Keys and values of every running sequence: (rows, kv_heads, capacity, head_dim) a layer.
+    """Keys and values of every running sequence: (2, rows, kv_heads, capacity, head_dim) a layer.
 
     One row more than there can be sequences: the last takes the rows of padding. The
     capacity in tokens follows the longest running sequence, so that `attend` reads tensors
@@ -369,15 +369,16 @@ class SlotCache:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         self.group_size = heads // kv_heads
-        self.shape = (num_rows + 1, kv_heads, head_dim)
+        self.shape = (2, num_rows + 1, kv_heads, head_dim)
         self.padding_row = num_rows
         self.max_model_len = max_model_len
         self.capacity = 0
         size = math.prod(self.shape) * max_model_len
         layers = range(config.num_hidden_layers)
-        self.keys = [_reserved_zeros(size, model.dtype, model.device) for _ in layers]
-        self.values = [_reserved_zeros(size, model.dtype, model.device) for _ in layers]
-        self.reserved = [*self.keys, *self.values]
+        self.reserved = [_reserved_zeros(size, model.dtype, model.device) for _ in layers]
+        self.layers = self.reserved
+        heads = torch.arange(2 * (num_rows + 1) * kv_heads, device=model.device)
+        self.heads_of_row = heads.view(2, -1, kv_heads).transpose(0, 1)
         self.resize(1, 0)
 
     def resize(self, num_tokens: int, num_rows: int) -> None:
@@ -389,74 +390,72 @@ class SlotCache:
         if capacity == self.capacity:
             return
         kept_tokens = min(capacity, self.capacity)
-        rows, heads, head_dim = self.shape
+        *shape, head_dim = self.shape
         views = []
-        for reserved, old in zip(self.reserved, [*self.keys, *self.values], strict=True):
-            kept = old[:num_rows, :, :kept_tokens].clone() if num_rows else None
-            new = reserved[: rows * heads * capacity * head_dim].view(rows, heads, -1, head_dim)
+        for reserved, old in zip(self.reserved, self.layers, strict=True):
+            kept = old[:, :num_rows, :, :kept_tokens].clone() if num_rows else None
+            new = reserved[: math.prod(self.shape) * capacity].view(*shape, capacity, head_dim)
             if kept is not None:
-                new[:num_rows, :, :kept_tokens] = kept
+                new[:, :num_rows, :, :kept_tokens] = kept
             views.append(new)
-        self.keys, self.values = views[: len(self.keys)], views[len(self.keys) :]
-        self.capacity = capacity
+        self.layers, self.capacity = views, capacity
+        # Views that each step needs, made once: many small calls are a part of a step.
+        self.vectors = [layer.view(-1, head_dim) for layer in views]
+        self.transposed_keys = [layer[0].flatten(0, 1).transpose(1, 2) for layer in views]
+        self.values = [layer[1].flatten(0, 1) for layer in views]
 
     def begin(self, rows: Rows) -> None:
         """Sets what `attend` does until the next call."""
-        device = self.keys[0].device
-        kv_heads = self.shape[1]
-        self.rows = rows
+        device, kv_heads = self.heads_of_row.device, self.heads_of_row.shape[-1]
+        self.prompts, self.num_decode = rows.prompts, rows.decode_end - rows.decode_start
+        self.decode_heads = slice(rows.decode_start * kv_heads, rows.decode_end * kv_heads)
         self.positions = torch.tensor(rows.positions, device=device)
-        # (rows, kv_heads): where keys go, in a layer's as (rows * kv_heads * capacity, head_dim).
-        heads = torch.tensor(rows.cache_rows, device=device)[:, None] * kv_heads
-        heads = heads + torch.arange(kv_heads, device=device)
-        self.places = heads * self.capacity + self.positions[:, None]
-        decode_positions = self.positions[: rows.decode_end - rows.decode_start]
+        # (rows, 2, kv_heads): which of a layer's `vectors` a row's keys and values become.
+        heads = self.heads_of_row[torch.tensor(rows.cache_rows, device=device)]
+        self.places = heads * self.capacity + self.positions[:, None, None]
+        decode_positions = self.positions[: self.num_decode]
         is_hidden = torch.arange(self.capacity, device=device) > decode_positions[:, None]
-        mask = torch.zeros(is_hidden.shape, dtype=self.keys[0].dtype, device=device)
+        mask = torch.zeros(is_hidden.shape, dtype=self.vectors[0].dtype, device=device)
         mask.masked_fill_(is_hidden, -math.inf)
         mask = mask[:, None, None].expand(-1, kv_heads, self.group_size, -1)
         self.mask = mask.flatten(0, 1)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Stores keys and values of all rows, then attends; (rows, heads, dim) in and out."""
-        rows, keys, values = self.rows, self.keys[layer], self.values[layer]
-        head_dim = query.shape[-1]
-        keys.view(-1, head_dim)[self.places] = key
-        values.view(-1, head_dim)[self.places] = value
-        num_decode = rows.decode_end - rows.decode_start
+    def attend(self, layer: int, query: Tensor, keys_values: Tensor, scale: float) -> Tensor:
+        """Stores keys and values of all rows, (rows, 2, kv_heads, head_dim), then attends:
+        queries (rows, heads, head_dim) to as many outputs."""
+        self.vectors[layer][self.places] = keys_values
         parts = []
-        if num_decode:
+        if self.num_decode:
             # Plain products: on some CPUs the fused kernel gives a row other bits in other
             # company, and for one query a row it is no faster.
-            batch = slice(rows.decode_start, rows.decode_end)
-            grouped = query[:num_decode].reshape(-1, self.group_size, head_dim)
-            transposed_keys = keys[batch].flatten(0, 1).transpose(1, 2)
-            scores = torch.baddbmm(self.mask, grouped, transposed_keys, alpha=scale)
-            weights, weighted = torch.softmax(scores, dim=-1), values[batch].flatten(0, 1)
+            grouped = query[: self.num_decode].reshape(-1, self.group_size, query.shape[-1])
+            keys = self.transposed_keys[layer][self.decode_heads]
+            values = self.values[layer][self.decode_heads]
+            weights = torch.softmax(torch.baddbmm(self.mask, grouped, keys, alpha=scale), dim=-1)
             if self.group_size > 1 and weights.dtype == torch.float32:
                 # One query a key is summed in one order anyway, and pieces take twice the time.
-                pieces = (weights.split(SUMMED_KEYS, -1), weighted.split(SUMMED_KEYS, -2))
+                pieces = (weights.split(SUMMED_KEYS, -1), values.split(SUMMED_KEYS, -2))
                 attended = reduce(torch.add, map(torch.bmm, *pieces))
             else:
-                attended = torch.bmm(weights, weighted)
-            parts.append(attended.view(num_decode, *query.shape[1:]))
-        for first, length in rows.prompts:
+                attended = torch.bmm(weights, values)
+            parts.append(attended.view(self.num_decode, *query.shape[1:]))
+        for first, length in self.prompts:
             prompt = slice(first, first + length)
             attended = F.scaled_dot_product_attention(
                 query[prompt].transpose(0, 1)[None].contiguous(),
-                key[prompt].transpose(0, 1)[None].contiguous(),
-                value[prompt].transpose(0, 1)[None].contiguous(),
+                keys_values[prompt, 0].transpose(0, 1)[None].contiguous(),
+                keys_values[prompt, 1].transpose(0, 1)[None].contiguous(),
                 is_causal=True,
                 scale=scale,
-                enable_gqa=query.shape[1] != key.shape[1],
+                enable_gqa=self.group_size > 1,
             )
             parts.append(attended[0].transpose(0, 1))
         return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
 
     def copy_row(self, source: int, target: int, num_tokens: int) -> None:
         """Gives `target` the first `num_tokens` positions of `source`."""
-        for tensor in itertools.chain(self.keys, self.values):
-            tensor[target, :, :num_tokens] = tensor[source, :, :num_tokens]
+        for layer in self.layers:
+            layer[:, target, :, :num_tokens] = layer[:, source, :, :num_tokens]
 
 
 def _reserved_zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -484,8 +483,8 @@ def _slot_attention(
     """The attention function that transformers calls in every layer: (1, heads, rows, dim) in,
     (1, rows, heads, dim) out."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
-    return slot_cache.attend(cast(int, module.layer_idx), query, key, value, scale)[None], None
+    query, keys_values = query[0].transpose(0, 1), torch.cat((key, value)).permute(2, 0, 1, 3)
+    return slot_cache.attend(cast(int, module.layer_idx), query, keys_values, scale)[None], None
 
 
 ALL_ATTENTION_FUNCTIONS.register("slots", _slot_attention)
@@ -523,8 +522,8 @@ def gpt2_forward(model: GPT2LMHeadModel) -> Callable[..., CausalLMOutput]:
     ) -> CausalLMOutput:
         hidden = body.wte(input_ids[0]) + body.wpe(position_ids[0])
         for layer, (ln_1, c_attn, c_proj, ln_2, c_fc, act, mlp_c_proj, scale) in enumerate(layers):
-            query, key, value = c_attn(ln_1(hidden)).view(-1, 3, heads, head_dim).unbind(1)
-            attended = slot_cache.attend(layer, query, key, value, scale)
+            projected = c_attn(ln_1(hidden)).view(-1, 3, heads, head_dim)
+            attended = slot_cache.attend(layer, projected[:, 0], projected[:, 1:], scale)
             hidden = c_proj(attended.view(hidden.shape)).add_(hidden)
             hidden = mlp_c_proj(act(c_fc(ln_2(hidden)))).add_(hidden)
         return CausalLMOutput(logits=head(body.ln_f(hidden[logits_to_keep]))[None])
