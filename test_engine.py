@@ -455,6 +455,22 @@ def test_sample_follows_the_distribution(logits: Tensor, params: SamplingParams)
     assert statistic < 30, f"{got.tolist()} instead of {wanted.tolist()}"
 
 
+@pytest.mark.parametrize("limit", [0, 1e-9, 0.5, 1.0, 2.75, 100, 1e9])
+@pytest.mark.parametrize(
+    "weights", [PEAKED.exp(), FLAT.exp(), torch.ones(300), torch.eye(1, 300)[0]]
+)
+def test_keep_likeliest_keeps_what_sorting_would(weights: Tensor, limit: float) -> None:
+    """Of equal ones the first; the last one kept may reach beyond the limit."""
+    order = weights.argsort(descending=True, stable=True)
+    before = weights[order].double().cumsum(0) - weights[order]
+    expected = torch.zeros_like(weights)
+    num_kept = max(1, int((before < limit).sum()))
+    expected[order[:num_kept]] = weights[order[:num_kept]]
+    kept = weights.clone()
+    engine_module._keep_likeliest(kept, weights, limit)
+    assert kept.tolist() == expected.tolist()
+
+
 MIXED = [
     SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     for temperature in (0, 0.5, 1.3)
