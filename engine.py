@@ -360,7 +360,8 @@ class SlotCache:
 
     One row more than there can be sequences: the last takes the rows of padding. The
     capacity in tokens follows the longest running sequence, so that `attend` reads tensors
-    without holes. The memory for max_model_len is reserved, and used as far as it is needed.
+    without holes. The memory for max_model_len is reserved, and used as far as it is needed:
+    keys from its beginning on, values from its middle on.
     """
 
     def __init__(self, model: PreTrainedModel, num_rows: int, max_model_len: int):
@@ -369,16 +370,15 @@ class SlotCache:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         self.group_size = heads // kv_heads
-        self.shape = (2, num_rows + 1, kv_heads, head_dim)
+        self.shape = (num_rows + 1, kv_heads, head_dim)
         self.padding_row = num_rows
         self.max_model_len = max_model_len
         self.capacity = 0
-        size = math.prod(self.shape) * max_model_len
+        size = 2 * math.prod(self.shape) * max_model_len
         layers = range(config.num_hidden_layers)
-        self.reserved = [_reserved_zeros(size, model.dtype, model.device) for _ in layers]
-        self.layers = self.reserved
-        heads = torch.arange(2 * (num_rows + 1) * kv_heads, device=model.device)
-        self.heads_of_row = heads.view(2, -1, kv_heads).transpose(0, 1)
+        reserved = [_reserved_zeros(size, model.dtype, model.device) for _ in layers]
+        self.vectors = [each.view(-1, head_dim) for each in reserved]
+        self.layers = reserved
         self.resize(1, 0)
 
     def resize(self, num_tokens: int, num_rows: int) -> None:
@@ -390,29 +390,31 @@ class SlotCache:
         if capacity == self.capacity:
             return
         kept_tokens = min(capacity, self.capacity)
-        *shape, head_dim = self.shape
+        rows, heads, head_dim = self.shape
         views = []
-        for reserved, old in zip(self.reserved, self.layers, strict=True):
+        for vectors, old in zip(self.vectors, self.layers, strict=True):
             kept = old[:, :num_rows, :, :kept_tokens].clone() if num_rows else None
-            new = reserved[: math.prod(self.shape) * capacity].view(*shape, capacity, head_dim)
+            new = vectors.view(2, -1, head_dim)[:, : rows * heads * capacity]
+            new = new.view(2, rows, heads, capacity, head_dim)
             if kept is not None:
                 new[:, :num_rows, :, :kept_tokens] = kept
             views.append(new)
         self.layers, self.capacity = views, capacity
         # Views that each step needs, made once: many small calls are a part of a step.
-        self.vectors = [layer.view(-1, head_dim) for layer in views]
         self.transposed_keys = [layer[0].flatten(0, 1).transpose(1, 2) for layer in views]
         self.values = [layer[1].flatten(0, 1) for layer in views]
 
     def begin(self, rows: Rows) -> None:
         """Sets what `attend` does until the next call."""
-        device, kv_heads = self.heads_of_row.device, self.heads_of_row.shape[-1]
+        device, kv_heads = self.vectors[0].device, self.shape[1]
         self.prompts, self.num_decode = rows.prompts, rows.decode_end - rows.decode_start
         self.decode_heads = slice(rows.decode_start * kv_heads, rows.decode_end * kv_heads)
         self.positions = torch.tensor(rows.positions, device=device)
         # (rows, 2, kv_heads): which of a layer's `vectors` a row's keys and values become.
-        heads = self.heads_of_row[torch.tensor(rows.cache_rows, device=device)]
-        self.places = heads * self.capacity + self.positions[:, None, None]
+        heads = torch.tensor(rows.cache_rows, device=device)[:, None] * kv_heads
+        heads = heads + torch.arange(kv_heads, device=device)
+        places = heads * self.capacity + self.positions[:, None]
+        self.places = torch.stack((places, places + len(self.vectors[0]) // 2), dim=1)
         decode_positions = self.positions[: self.num_decode]
         is_hidden = torch.arange(self.capacity, device=device) > decode_positions[:, None]
         mask = torch.zeros(is_hidden.shape, dtype=self.vectors[0].dtype, device=device)
