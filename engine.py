@@ -378,7 +378,7 @@ class SlotCache:
         layers = range(config.num_hidden_layers)
         reserved = [_reserved_zeros(size, model.dtype, model.device) for _ in layers]
         self.vectors = [each.view(-1, head_dim) for each in reserved]
-        self.layers = reserved
+        self.layers = reserved  # which `resize` gives their shape
         self.resize(1, 0)
 
     def resize(self, num_tokens: int, num_rows: int) -> None:
@@ -740,15 +740,15 @@ def sample(logits: Tensor, seqs: SequenceOf[Sequence]) -> list[int]:
             width = GREEDY
         elif 0 < params.top_k <= 64:
             width = 64
-        elif 0 < params.top_k <= 1024 or (params.top_k == 0 and params.top_p < 1):
-            width = 1024
-        else:
+        elif params.top_k > 1024 or (params.top_k == 0 and params.top_p == 1):
             width = ALL
+        else:
+            width = 1024
         classes.setdefault(min(width, vocab_size), []).append(row)
     for width, rows in classes.items():
         part = logits if len(rows) == len(seqs) else logits[rows]
         chosen = [seqs[row] for row in rows]
-        draws = [] if width == GREEDY else [seq.rng.random() for seq in chosen]
+        draws = [seq.rng.random() for seq in chosen]
         if width == GREEDY:
             picked = part.argmax(dim=-1).tolist()
         elif width == ALL:
