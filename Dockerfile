@@ -21,7 +21,8 @@ RUN useradd --create-home --uid 1000 app \
     && chown app "$HF_HOME"
 COPY --from=build /opt/venv /opt/venv
 WORKDIR /app
-COPY main.py models.py engine.py external.py ./
+COPY main.py models.py external.py ./
+COPY engine/ engine/
 COPY static/ static/
 COPY gpt2-tales/ gpt2-tales/
 USER app

@@ -34,11 +34,11 @@ import models
 from engine import (
     Delta,
     EngineError,
+    EngineRequest,
     EngineStoppedError,
     FinishReason,
     InferenceError,
     QueueFullError,
-    Request,
     SamplingParams,
     StepStats,
     TextFilter,
@@ -267,7 +267,7 @@ class Choice:
             self.num_safe -= num_seen
 
 
-class ExternalRequest(Request):
+class ExternalRequest(EngineRequest):
     """What `engine.Request` is to its client. Tokens are counted by upstream: until its usage
     has come, each chunk with text counts as one, and the prompt's are not known."""
 
@@ -414,7 +414,7 @@ class ExternalEngine:
         return request.num_prompt_tokens
 
     async def stream(
-        self, *requests: Request, timeout_seconds: float | None = None
+        self, *requests: EngineRequest, timeout_seconds: float | None = None
     ) -> AsyncGenerator[Delta]:
         """The deltas of a request, as they come; the deadline counts from its arrival.
 
@@ -447,7 +447,7 @@ class ExternalEngine:
                 timer.cancel()
             self.abort(request)
 
-    def abort(self, *requests: Request) -> None:
+    def abort(self, *requests: EngineRequest) -> None:
         """Closes the requests' connections; a no-op when they are finished."""
         for request in requests:
             assert isinstance(request, ExternalRequest)

@@ -98,15 +98,15 @@ import models
 from engine import (
     Delta,
     Engine,
+    EngineRequest,
     EngineStoppedError,
     InferenceError,
+    PositionLogprobs,
     QueueFullError,
     SamplingParams,
     StepStats,
-    TokenLogprobs,
     native_dtype,
 )
-from engine import Request as EngineRequest
 from external import BusyError, ExternalDelta, ExternalEngine, RefusedError, UnreachableError
 
 gc.freeze()
@@ -750,7 +750,7 @@ def load_generator(name: str, source: str) -> tuple[Any, Engine]:
         num_threads=settings.torch_num_threads,
         text_filter=content_filter if settings.filter_output else None,
         on_step=metrics.observe,
-        on_need=partial(swap.needed.put, (name, source)),
+        on_model_needed=partial(swap.needed.put, (name, source)),
     )
     metrics.watch(served)
     return loaded, served
@@ -2039,7 +2039,7 @@ class Choice:
             self.offset += len(self.decoder.decode(token_bytes(self.model_name, token_id)))
         return start
 
-    def kept(self, delta: Delta) -> list[TokenLogprobs]:
+    def kept(self, delta: Delta) -> list[PositionLogprobs]:
         """The delta's tokens that end within the text."""
         self.num_characters += len(delta.text)
         if delta.finish_reason != "stop":
@@ -2082,12 +2082,12 @@ class Choice:
             "text_offset": offsets,
         }
 
-    def top(self, token: TokenLogprobs) -> dict[str, float]:
+    def top(self, token: PositionLogprobs) -> dict[str, float]:
         """The likeliest tokens and the token itself, each once."""
         likeliest = [*self.alternatives(token), (token.token_id, token.logprob)]
         return {token_string(self.model_name, id_): logprob for id_, logprob in likeliest}
 
-    def alternatives(self, token: TokenLogprobs) -> list[tuple[int, float]]:
+    def alternatives(self, token: PositionLogprobs) -> list[tuple[int, float]]:
         """The likeliest tokens without those that are forbidden words."""
         return [(id_, lp) for id_, lp in token.top if not is_forbidden(self.model_name, id_)]
 

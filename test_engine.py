@@ -22,24 +22,21 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-import engine as engine_module
+import engine.engine as engine_module
 from engine import (
-    SHORT_PROMPT_TOKENS,
     Delta,
     Engine,
+    EngineRequest,
     EngineStoppedError,
     InferenceError,
-    PackedLinear,
     QueueFullError,
-    Request,
     SamplingParams,
-    Scheduler,
-    Sequence,
-    Status,
-    edit_logits,
-    move_to_huge_pages,
-    sample,
 )
+from engine.cache import KVCache
+from engine.request import Sequence, Status
+from engine.sampler import _keep_likeliest, edit_logits, sample
+from engine.scheduler import SHORT_PROMPT_TOKENS, Scheduler
+from engine.weights import PackedLinear, move_to_huge_pages
 from main import ContentFilter
 
 FOLDER = Path(__file__).parent / "gpt2-tales"
@@ -86,14 +83,14 @@ def sequences(
     seed: int = 0,
 ) -> list[Sequence]:
     """The sequences of one request, as the engine makes them."""
-    request = Request(prompt or [1], params, "", 0, False, loop=None)
+    request = EngineRequest(prompt or [1], params, "", 0, False, loop=None)
     seqs = [Sequence(request, index, seed) for index in range(count)]
     for seq in seqs:
         seq.output_token_ids += output
     return seqs
 
 
-async def complete(engine: Engine, request: Request) -> list[Delta]:
+async def complete(engine: Engine, request: EngineRequest) -> list[Delta]:
     """Every delta of a request, of one that does not stream one a sequence."""
     return [delta async for delta in engine.stream(request)]
 
@@ -207,7 +204,7 @@ def filtered(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
     """The engine under a filter for the given words, until the end of the test."""
 
     def set_filter(words: str) -> Engine:
-        monkeypatch.setattr(engine, "text_filter", ContentFilter(words))
+        monkeypatch.setattr(engine.output, "text_filter", ContentFilter(words))
         return engine
 
     return set_filter
@@ -320,7 +317,7 @@ def test_scheduler_is_finished() -> None:
 
 def test_cache_keeps_rows_when_its_capacity_changes_and_takes_no_new_memory() -> None:
     """Values that began elsewhere with each capacity would fill memory anew with each."""
-    cache = engine_module.SlotCache(tiny_llama(), 3, 256)
+    cache = KVCache(tiny_llama(), 3, 256)
     kept = torch.randn(cache.layers[0][:, :2, :, :64].shape)
     cache.layers[0][:, :2, :, :64] = kept
     addresses = []
@@ -483,7 +480,7 @@ def test_keep_likeliest_keeps_what_sorting_would(weights: Tensor, limit: float) 
     num_kept = max(1, int((before < limit).sum()))
     expected[order[:num_kept]] = weights[order[:num_kept]]
     kept = weights.clone()
-    engine_module._keep_likeliest(kept, weights, limit)
+    _keep_likeliest(kept, weights, limit)
     assert kept.tolist() == expected.tolist()
 
 
@@ -989,9 +986,9 @@ def test_filter_words_the_model_likes(
 ) -> None:
     words = ",".join(favourites[chosen]) + "," + favourites[10][:3] + "*"
     engine = filtered(words)
-    before = engine.num_rollbacks
+    before = engine.output.num_rollbacks
     whole = check_filter(engine, words, SHORT, seeds=15, ignore_eos=True)
-    assert engine.num_rollbacks > before
+    assert engine.output.num_rollbacks > before
     full = [d for d in whole if d.finish_reason == "length" and len(d.token_ids) == 40]
     assert full == whole
 
@@ -1042,10 +1039,10 @@ def test_filter_words_in_pieces(
 ) -> None:
     """Pieces of a forbidden word in random order, so that it is split everywhere."""
     engine = filtered(words)
-    before = engine.num_rollbacks
+    before = engine.output.num_rollbacks
     params = {"logit_bias": among(*pieces), "temperature": 2, "stop": stop, "max_new_tokens": 20}
     whole = check_filter(engine, words, prompt, seeds=30, **params)
-    assert engine.num_rollbacks > before
+    assert engine.output.num_rollbacks > before
     assert not any(s in delta.text for s in stop for delta in whole)
 
 
@@ -1256,7 +1253,7 @@ class FailingFilter:
 @pytest.mark.parametrize("streams", [False, True])
 def test_failed_step_hangs_nobody_who_finished_in_it(small_engine: Engine, streams: bool) -> None:
     """One sequence has its last token when the step fails at the next sequence."""
-    small_engine.text_filter = FailingFilter()
+    small_engine.output.text_filter = FailingFilter()
     lasts = saying(token("a"), token("b"), token("c"))
     fails = saying(token("a"), token("b"), token("x"))
 

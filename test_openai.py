@@ -388,7 +388,7 @@ def test_output_filter_ends_with_content_filter(
     client: OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ",".join(f"{letter}*" for letter in "abcdefghijklmnopqrstuvwxyz")
-    monkeypatch.setattr(main.engines[NAME], "text_filter", main.ContentFilter(words))
+    monkeypatch.setattr(main.engines[NAME].output, "text_filter", main.ContentFilter(words))
     answer = complete(client, max_tokens=200, extra_body={"ignore_eos": True})
     assert answer.choices[0].finish_reason == "content_filter"
 

@@ -19,7 +19,7 @@ import pytest
 import uvicorn
 
 import main
-from engine import Sequence
+from engine.request import Sequence
 from test_traffic import wait_until
 
 engine = main.engine
@@ -488,7 +488,7 @@ def test_failed_step_breaks_plain_text_off(address: str, monkeypatch: pytest.Mon
 def test_ready_tells_of_an_engine_that_keeps_failing(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.PROBE_SECONDS", 0.01)
+    monkeypatch.setattr("engine.engine.PROBE_SECONDS", 0.01)
     with monkeypatch.context() as broken:
         broken.setattr(engine.model, "forward", fail)
         assert [post(address, LONG).status_code for _ in range(4)] == [500] * 4

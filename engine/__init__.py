@@ -1,0 +1,64 @@
+"""Continuous batching for one causal language model: many clients, one model, few cores.
+
+The engine knows token ids, tensors and the text they decode to; it knows no HTTP.
+Each step runs the model once for every running sequence. A new request joins at the next
+step, a finished one leaves at once (iteration-level scheduling: Orca, Yu et al., OSDI 2022).
+All engines of a process compute in one thread, a step of each in turn.
+
+    event loop                             the computing thread
+    Engine.submit(prompt_token_ids, …) --> Scheduler.waiting (bounded; full = refused at once)
+                                           Engine.step: schedule    (scheduler.py)
+                                                        forward     (model_runner.py, cache.py)
+                                                        sample      (sampler.py)
+                                                        postprocess (output.py)
+    Engine.stream(request)             <-- one loop.call_soon_threadsafe a step, all deltas together
+    Engine.abort(request)              --> left out of the next step
+
+Ownership: only that thread touches the model, the cache, the running set and the text of
+a sequence. `Engine._lock` guards what both sides touch: the waiting queue and whether the
+engine has its next turn. An `EngineRequest` is read by its client through its queue alone.
+
+A model may leave memory (`Engine.unload`) and come back (`Engine.load`); meanwhile requests
+wait in the queue, under the same limits as ever.
+
+Life of a sequence: WAITING -> RUNNING -> FINISHED with a finish reason (`stop`, `length`,
+`content_filter`), or with an error, or with none when its client has gone.
+
+One prompt or generated token is one row of the forward pass, whichever sequence it
+belongs to: rows of short prompts ride along with the running sequences' next tokens.
+Seeds mean the same text in any company because a row's numbers do not depend on the
+rows beside it. The engine checks that on the loaded model, bit by bit, and from that
+chooses how many rows it runs at once (`ModelRunner.measure_batch_invariance`).
+"""
+
+from engine.engine import Engine
+from engine.request import (
+    Delta,
+    EngineError,
+    EngineRequest,
+    EngineStoppedError,
+    FinishReason,
+    InferenceError,
+    PositionLogprobs,
+    QueueFullError,
+    SamplingParams,
+    StepStats,
+    TextFilter,
+)
+from engine.weights import native_dtype
+
+__all__ = [
+    "Delta",
+    "Engine",
+    "EngineError",
+    "EngineRequest",
+    "EngineStoppedError",
+    "FinishReason",
+    "InferenceError",
+    "PositionLogprobs",
+    "QueueFullError",
+    "SamplingParams",
+    "StepStats",
+    "TextFilter",
+    "native_dtype",
+]

@@ -1,0 +1,447 @@
+"""The engine: takes requests from event loops, makes their tokens in the computing thread."""
+
+import asyncio
+import contextlib
+import logging
+import math
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from engine.model_runner import ModelRunner
+from engine.output import OutputProcessor
+from engine.request import (
+    Delta,
+    EngineError,
+    EngineRequest,
+    EngineStoppedError,
+    InferenceError,
+    SamplingParams,
+    Sequence,
+    StepStats,
+    TextFilter,
+)
+from engine.sampler import sample_tokens
+from engine.scheduler import Scheduler
+from engine.threads import available_cores, computing_thread
+from engine.weights import return_freed_memory
+
+logger = logging.getLogger("engine")
+
+MAX_FAILED_STEPS = 3  # in a row, before the engine counts as unhealthy
+PROBE_SECONDS = 1.0  # between attempts of an unhealthy engine to run one token
+
+
+class Engine:
+    """Serves one causal language model to many clients; see the package's docstring.
+
+    model: any transformers causal LM whose attention can be replaced; it is changed in
+        place (weights packed, attention set) and belongs to the engine from here on.
+    max_model_len: prompt and output together; cut to the model's context.
+    text_filter: what generated text must not contain; None lets everything pass.
+    on_step: called in the computing thread after each step; must not raise.
+    on_model_needed: called with a request, wherever that is submitted, when the model is not
+        loaded or about to leave; to see to it that `load` is called.
+
+    Raises ValueError for a model whose attention cannot be replaced.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_num_seqs: int = 64,
+        max_queue_size: int = 256,
+        max_model_len: int | None = None,
+        quantization: str | None = None,
+        num_threads: int | None = None,
+        text_filter: TextFilter | None = None,
+        on_step: Callable[[StepStats], None] | None = None,
+        on_model_needed: Callable[[], None] | None = None,
+    ):
+        if not model._supports_attention_backend:
+            raise ValueError(f"{type(model).__name__} does not let its attention be replaced")
+        config = model.config.get_text_config()
+        windows = [config.max_position_embeddings, getattr(config, "sliding_window", None)]
+        self.max_model_len = min(n for n in (*windows, max_model_len) if n)
+        self.vocab_size: int = config.vocab_size
+        self.tokenizer = tokenizer
+        self.quantization = quantization
+        self.on_step = on_step
+        self.on_model_needed = on_model_needed
+        self.eos_token_ids = _eos_token_ids(model, tokenizer)
+        self.scheduler = Scheduler(max_num_seqs, max_queue_size)
+        self.output = OutputProcessor(tokenizer, text_filter, self.eos_token_ids)
+        self.num_failed_steps = 0  # in a row
+        self.last_request_id = -1
+        self._runner: ModelRunner | None = None  # None while the model is not loaded
+        self._row_range: tuple[int, int] | None = None  # of a pass, once it has been measured
+        self._lock = threading.Lock()
+        self._computing_thread = computing_thread(num_threads or available_cores())
+        self._turn_pending = False  # `_take_turn` is under way or to come
+        self._is_stopping = False
+        self._unload_before_id = math.inf  # unload before a request with an id from here on runs
+        self._unloaded = threading.Event()
+        self.load(model)
+
+    # Loading and unloading: any thread, one call at a time.
+
+    @property
+    def is_loaded(self) -> bool:
+        return self._runner is not None
+
+    @property
+    def runner(self) -> ModelRunner:
+        """Raises ValueError while the model is not loaded."""
+        if self._runner is None:
+            raise ValueError("the model is not loaded")
+        return self._runner
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """Raises ValueError while it is not loaded."""
+        return self.runner.model
+
+    def load(self, model: PreTrainedModel) -> None:
+        """Takes the model, the same one as ever; what waits runs from here on."""
+        runner = ModelRunner(
+            model,
+            max_num_seqs=self.scheduler.max_num_seqs,
+            max_model_len=self.max_model_len,
+            quantization=self.quantization,
+        )
+        if self._row_range is None:
+            measuring = self._computing_thread.submit(runner.measure_batch_invariance)
+            self._row_range = measuring.result()
+        runner.min_rows, runner.max_rows = self._row_range
+        with self._lock:
+            self._unload_before_id = math.inf
+            self._runner = runner
+            self._wake()
+
+    def unload(self) -> None:
+        """Gives the model's memory back as soon as all requests of before have finished.
+
+        Blocks until then; requests that come meanwhile wait for the next `load`.
+        """
+        with self._lock:
+            self._unload_before_id = next(EngineRequest.ids)
+            self._unloaded.clear()
+            self._wake()
+        self._unloaded.wait()
+        return_freed_memory()
+
+    def fail_waiting(self) -> None:
+        """Ends what waits with InferenceError: the model cannot be loaded."""
+        with self._lock:
+            waiting, self.scheduler.waiting = self.scheduler.waiting, deque()
+        _fail(waiting, InferenceError("the model cannot be loaded"))
+
+    # The clients' side: any thread, any event loop.
+
+    @property
+    def num_running(self) -> int:
+        return len(self.scheduler.running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.scheduler.waiting)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a request submitted now would be refused."""
+        with self._lock:
+            return self.scheduler.num_waiting_requests() >= self.scheduler.max_queue_size
+
+    @property
+    def is_healthy(self) -> bool:
+        """False once steps have failed MAX_FAILED_STEPS times in a row, until one succeeds."""
+        return self.num_failed_steps < MAX_FAILED_STEPS and not self._is_stopping
+
+    def submit(
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        num_sequences: int = 1,
+        streams: bool = False,
+    ) -> EngineRequest:
+        """A queued request, whose deltas the running event loop will receive; see `stream`.
+
+        Raises QueueFullError at once when the queue is full, EngineStoppedError after
+        `stop`, and ValueError when the prompt leaves no room for a token.
+        """
+        (request,) = self.submit_all(
+            [prompt_token_ids], params, num_sequences=num_sequences, streams=streams
+        )
+        return request
+
+    def submit_all(
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        *,
+        num_sequences: int = 1,
+        streams: bool = False,
+    ) -> list[EngineRequest]:
+        """A request for each prompt, all queued or none, to be given to one `stream`.
+
+        The sequences of prompt i have the indexes i * num_sequences and following. Each
+        prompt is sampled as if it had been submitted alone. Raises as `submit` does.
+        """
+        deltas: asyncio.Queue[Delta | Exception] = asyncio.Queue()
+        requests, seqs = [], []
+        for i, prompt_token_ids in enumerate(prompts):
+            text, num_safe_characters = self.output.read_prompt(prompt_token_ids)
+            request = EngineRequest(
+                prompt_token_ids,
+                self._fitted(params, len(prompt_token_ids)),
+                text,
+                num_safe_characters,
+                streams,
+                asyncio.get_running_loop(),
+                num_sequences=num_sequences,
+                first_index=i * num_sequences,
+                deltas=deltas,
+            )
+            requests.append(request)
+            seed = random.getrandbits(63) if params.seed is None else params.seed
+            seqs += [Sequence(request, index, seed) for index in range(num_sequences)]
+        with self._lock:
+            if self._is_stopping:
+                raise EngineStoppedError("the engine was stopped")
+            self.scheduler.add(seqs)
+            self.last_request_id = requests[-1].id
+            self._wake()
+            is_needed = not self.is_loaded or self._unload_before_id < math.inf
+        if is_needed and self.on_model_needed:
+            self.on_model_needed()
+        return requests
+
+    def _fitted(self, params: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
+        """The parameters, with no more new tokens than fit in the model's context."""
+        most = self.max_model_len - (params.max_new_tokens > 0)
+        if not 0 < num_prompt_tokens <= most:
+            raise ValueError(f"a prompt has 1 to {most} tokens")
+        room_tokens = self.max_model_len - num_prompt_tokens
+        if params.max_new_tokens <= room_tokens:
+            return params
+        return replace(params, max_new_tokens=room_tokens)
+
+    async def stream(
+        self, *requests: EngineRequest, timeout_seconds: float | None = None
+    ) -> AsyncGenerator[Delta]:
+        """The deltas of all sequences of requests submitted together, as they are made.
+
+        Raises what ended a request: InferenceError, EngineStoppedError, or TimeoutError.
+        However the loop over it ends, requests that are not finished are aborted.
+        """
+        deltas = requests[0].deltas
+        # One timer for all of them: a timeout around each `get` costs as much as the `get`.
+        deadline = timeout_seconds and asyncio.get_running_loop().call_later(
+            timeout_seconds, deltas.put_nowait, TimeoutError()
+        )
+        try:
+            num_unfinished = sum(request.num_sequences for request in requests)
+            while num_unfinished:
+                delta = await deltas.get()
+                if isinstance(delta, Exception):
+                    raise delta
+                if delta.finish_reason:
+                    num_unfinished -= 1
+                yield delta
+        finally:
+            if deadline:
+                deadline.cancel()
+            self.abort(*requests)
+
+    def abort(self, *requests: EngineRequest) -> None:
+        """Frees the requests' places before the next step; a no-op when they are finished."""
+        with self._lock:
+            for request in requests:
+                request.is_aborted = True
+            self._wake()
+
+    def start(self) -> None:
+        """Takes requests again after `stop`."""
+        self._is_stopping = False
+
+    def stop(self) -> None:
+        """Refuses requests from here on; what it held ends with EngineStoppedError."""
+        with self._lock:
+            self._is_stopping = True
+        self._computing_thread.submit(self._end).result()
+
+    def _wake(self) -> None:
+        """Gives the engine a turn, unless it has one. Under the lock."""
+        if not self._turn_pending:
+            self._turn_pending = True
+            self._computing_thread.submit(self._take_turn)
+
+    # The engine's side: the computing thread alone.
+
+    @torch.inference_mode()
+    def _take_turn(self) -> None:
+        """One step, if there is anything to do; then the other engines have their turns."""
+        try:
+            self._remove_aborted()
+            if self._can_step():
+                self.step()
+                self.num_failed_steps = 0
+            elif self.is_loaded and self.num_failed_steps >= MAX_FAILED_STEPS:
+                self._probe()
+        except Exception as error:
+            self._fail_step(error)
+        with self._lock, contextlib.suppress(RuntimeError):  # raised while the process ends
+            self._turn_pending = False
+            if self._can_step():
+                self._wake()
+            elif self.is_loaded and self._unload_before_id < math.inf:
+                self._leave()
+            elif not self.is_healthy and not self._is_stopping:
+                self._turn_pending = True
+                pause = threading.Timer(
+                    PROBE_SECONDS, self._computing_thread.submit, [self._take_turn]
+                )
+                pause.daemon = True
+                pause.start()
+
+    def _can_step(self) -> bool:
+        if not self.is_healthy or not self.is_loaded:
+            return False
+        waiting = self.scheduler.waiting
+        may_admit = bool(waiting) and waiting[0].request.id < self._unload_before_id
+        return may_admit or bool(self.scheduler.running)
+
+    def step(self) -> None:
+        """Everyone running gains a token, or gives some back to the filter."""
+        with self._lock:
+            admitted = self.scheduler.schedule(self._unload_before_id)
+        stats = _begin_stats(admitted, num_decode=self.num_running - len(admitted))
+        running = self.scheduler.running
+        logits = self.runner.forward(running, len(admitted))
+        token_ids = sample_tokens(logits, running, self.eos_token_ids)
+        self._postprocess(token_ids, stats)
+        if self.on_step:
+            self.on_step(stats)
+
+    def _postprocess(self, token_ids: list[int], stats: StepStats) -> None:
+        """Adds each running sequence's token; hands out deltas, frees what has finished."""
+        now_seconds, num_rollbacks = time.monotonic(), self.output.num_rollbacks
+        deltas: dict[asyncio.AbstractEventLoop, list[tuple[EngineRequest, Delta]]] = {}
+        try:
+            for seq, token_id in zip(list(self.scheduler.running), token_ids, strict=True):
+                since_arrival_seconds = now_seconds - seq.request.arrived_seconds
+                if seq.last_token_seconds is None:
+                    stats.time_to_first_token_seconds.append(since_arrival_seconds)
+                else:
+                    stats.inter_token_seconds.append(now_seconds - seq.last_token_seconds)
+                seq.last_token_seconds = now_seconds
+                if delta := self.output.append(seq, token_id):
+                    deltas.setdefault(seq.request.loop, []).append((seq.request, delta))
+                    if delta.finish_reason:
+                        seq.request.finish_reasons.add(delta.finish_reason)
+                        stats.finished.append((delta.finish_reason, since_arrival_seconds))
+                        self._free(seq)
+            stats.num_rollbacks = self.output.num_rollbacks - num_rollbacks
+        finally:  # an error at one sequence takes nothing from those before it
+            for loop, outputs in deltas.items():
+                _call_soon(loop, _deliver, outputs)
+
+    def _free(self, seq: Sequence) -> None:
+        if move := self.scheduler.finish(seq):
+            source, target = move
+            num_tokens = self.scheduler.running[target].num_tokens
+            self.runner.cache.copy_row(source, target, num_tokens)
+
+    def _remove_aborted(self) -> None:
+        with self._lock:
+            waiting = self.scheduler.waiting
+            if any(seq.request.is_aborted for seq in waiting):
+                kept = [seq for seq in waiting if not seq.request.is_aborted]
+                self.scheduler.waiting = deque(kept)
+        for seq in [seq for seq in self.scheduler.running if seq.request.is_aborted]:
+            self._free(seq)
+
+    def _fail_step(self, error: Exception) -> None:
+        """Ends every sequence that the step held."""
+        self.num_failed_steps += 1
+        if self.num_failed_steps <= MAX_FAILED_STEPS:
+            logger.exception("a step failed; its %d sequences end", self.num_running)
+        failure = InferenceError("a step of the model failed")
+        failure.__cause__ = error
+        _fail(self.scheduler.running, failure)
+        self.scheduler.running = []
+
+    def _probe(self) -> None:
+        """Runs one token, to see whether an unhealthy engine has recovered."""
+        with self._lock:
+            waiting, self.scheduler.waiting = self.scheduler.waiting, deque()
+        _fail(waiting, InferenceError("the model keeps failing"))
+        self.runner.probe()
+        self.num_failed_steps = 0
+        logger.info("the model answers again")
+
+    def _leave(self) -> None:
+        """Lets the model go. Under the lock."""
+        waiting, before_id = self.scheduler.waiting, self._unload_before_id
+        # Requests older than the unload would wait for ever: fail them.
+        older = [seq for seq in waiting if seq.request.id < before_id]
+        _fail(older, InferenceError("the model keeps failing"))
+        self.scheduler.waiting = deque(seq for seq in waiting if seq.request.id >= before_id)
+        self._runner, self.num_failed_steps = None, 0
+        self._unloaded.set()
+
+    def _end(self) -> None:
+        _fail([*self.scheduler.running, *self.scheduler.waiting], EngineStoppedError())
+        self.scheduler.running, self.scheduler.waiting = [], deque()
+
+
+def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The token ids that end a text, by the model's configuration and by its tokenizer's."""
+    configured = model.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return {id_ for id_ in (*ids, tokenizer.eos_token_id) if id_ is not None}
+
+
+def _begin_stats(admitted: list[Sequence], num_decode: int) -> StepStats:
+    """What a step is about to do; the admitted requests leave the queue now."""
+    prompts = {seq.request.id: seq.request for seq in admitted}.values()
+    queue_seconds = []
+    for request in prompts:
+        if request.queue_seconds is None:  # else its first sequences came in a step before
+            request.queue_seconds = time.monotonic() - request.arrived_seconds
+            queue_seconds.append(request.queue_seconds)
+    num_prompt_tokens = sum(len(request.prompt_token_ids) for request in prompts)
+    return StepStats(
+        num_rows=num_decode + num_prompt_tokens,
+        num_prompt_tokens=num_prompt_tokens,
+        queue_seconds=queue_seconds,
+    )
+
+
+def _fail(seqs: Iterable[Sequence], error: EngineError) -> None:
+    """Tells the clients of these sequences what ended them."""
+    for request in {seq.request.id: seq.request for seq in seqs}.values():
+        request.is_aborted = True
+        _call_soon(request.loop, request.deltas.put_nowait, error)
+
+
+def _call_soon(
+    loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *args: Any
+) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear
+        loop.call_soon_threadsafe(callback, *args)
+
+
+def _deliver(outputs: list[tuple[EngineRequest, Delta]]) -> None:
+    for request, delta in outputs:
+        request.deltas.put_nowait(delta)

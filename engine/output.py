@@ -1,0 +1,160 @@
+"""From token ids to the text that a client gets."""
+
+from bisect import bisect_right
+
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase
+
+from engine.request import Delta, FinishReason, Sequence, TextFilter
+
+CONTEXT_TOKENS = 32  # of the prompt: what the decoder needs to know before the first token
+MAX_ROLLBACKS = 8  # of a sequence, and one more for each token that it has
+
+
+class OutputProcessor:
+    """The text side of every sequence: decoding, stop strings, the filter and its roll-backs.
+
+    tokenizer: one with a fast backend. text_filter: None lets everything pass.
+    eos_token_ids: end the text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text_filter: TextFilter | None,
+        eos_token_ids: set[int],
+    ):
+        self.tokenizer = tokenizer
+        self.text_filter = text_filter
+        self.eos_token_ids = eos_token_ids
+        self.num_rollbacks = 0
+
+    def read_prompt(self, prompt_token_ids: list[int]) -> tuple[str, int]:
+        """The prompt's text as far as the filter needs it, and in how many of its characters no
+        forbidden word can begin, whatever follows."""
+        if not self.text_filter:
+            return "", 0
+        text = self.tokenizer.decode(prompt_token_ids, skip_special_tokens=True)
+        return text, self.text_filter.scan(text, 0, final=False)[1]
+
+    def append(self, seq: Sequence, token_id: int) -> Delta | None:
+        """What the client gains by this token: text that nothing to come can take back."""
+        params, request = seq.params, seq.request
+        if params.max_new_tokens == 0:  # the prompt was all there was to do
+            return self._release(seq, 0, "length")
+        seq.output_token_ids.append(token_id)
+        request.num_generated_tokens += 1
+        old_length = len(seq.text)
+        seq.text += self._decode(seq, token_id)
+        seq.text_ends.append(len(seq.text))
+        finish_reason = self._finish_reason(seq, token_id)
+        if len(seq.output_token_ids) > params.min_tokens:
+            begins = (seq.text.find(s, max(0, old_length - len(s) + 1)) for s in params.stop)
+            if found := [at for at in begins if at >= 0]:
+                finish_reason = "stop"
+                seq.text = seq.text[: min(found)]
+
+        # Text that was sent cannot be taken back, so hold back whatever a stop string or a
+        # roll-back may still remove.
+        settled = len(seq.text)
+        if not finish_reason:
+            settled = self._before_stop(seq, settled)
+        safe = settled
+        if self.text_filter:
+            hit_start, settled, safe = self._filter(seq, self.text_filter, settled, finish_reason)
+            if hit_start is not None:
+                return self._roll_back(seq, hit_start)
+        if finish_reason:
+            return self._release(seq, len(seq.output_token_ids), finish_reason)
+        if not request.streams:
+            return None
+        return self._release(seq, seq.num_tokens_within(min(safe, settled)), None)
+
+    def _finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
+        """Why the sequence ends with this token, if stop strings are left aside."""
+        if token_id in self.eos_token_ids and not seq.params.ignore_eos:
+            return "stop"
+        if len(seq.output_token_ids) >= seq.params.max_new_tokens:
+            return "length"
+        return None
+
+    def _filter(
+        self,
+        seq: Sequence,
+        text_filter: TextFilter,
+        settled: int,
+        finish_reason: FinishReason | None,
+    ) -> tuple[int | None, int, int]:
+        """(where a forbidden word begins in the text, else None; how much of the text is settled;
+        in how much of it no forbidden word can begin)."""
+        prompt = seq.request.prompt_text
+        # The text may be shorter than what was safe before: a roll-back takes whole tokens.
+        start = min(seq.num_safe_characters, len(prompt) + settled)
+        is_final = finish_reason is not None
+        hit, safe = text_filter.scan(prompt + seq.text[:settled], start, final=is_final)
+        if hit:
+            return hit[0] - len(prompt), settled, safe
+        if safe < len(prompt) + settled:
+            # A forbidden word may have begun; then its first token will be drawn anew.
+            settled = self._before_stop(seq, seq.token_start(safe - len(prompt)))
+            start = min(start, len(prompt) + settled)
+            _, safe = text_filter.scan(prompt + seq.text[:settled], start, final=False)
+        seq.num_safe_characters = safe
+        return None, settled, safe - len(prompt)
+
+    def _before_stop(self, seq: Sequence, end: int) -> int:
+        """Where in text[:end] a stop string may have begun at its end; else `end`."""
+        begun = (
+            n
+            for stop in seq.params.stop
+            for n in range(1, min(len(stop) - 1, end) + 1)
+            if seq.text.endswith(stop[:n], 0, end)
+        )
+        return end - max(begun, default=0)
+
+    def _release(
+        self, seq: Sequence, num_tokens: int, finish_reason: FinishReason | None
+    ) -> Delta | None:
+        """The output tokens up to `num_tokens` that the client has not got yet."""
+        released = seq.num_released_tokens
+        start = seq.text_ends[released - 1] if released else 0
+        if finish_reason:
+            end = len(seq.text)
+        elif num_tokens == 0 or (end := seq.text_ends[num_tokens - 1]) == start:
+            return None  # tokens without text go out with the next text
+        seq.num_released_tokens = num_tokens
+        return Delta(
+            index=seq.request.first_index + seq.index,
+            text=seq.text[start:end],
+            token_ids=seq.output_token_ids[released:num_tokens],
+            logprobs=seq.logprobs[released:num_tokens],
+            finish_reason=finish_reason,
+        )
+
+    def _roll_back(self, seq: Sequence, hit_start: int) -> Delta | None:
+        """Takes the tokens from `hit_start` of the text on back, and bans the first of them
+        there; after too many of these the sequence ends with `content_filter`."""
+        kept = bisect_right(seq.text_ends, hit_start)
+        seq.banned = {at: ids for at, ids in seq.banned.items() if at <= kept}
+        seq.banned.setdefault(kept, []).append(seq.output_token_ids[kept])
+        seq.num_rollbacks += 1
+        self.num_rollbacks += 1
+        seq.request.num_generated_tokens -= len(seq.output_token_ids) - kept
+        del seq.output_token_ids[kept:], seq.text_ends[kept:], seq.logprobs[kept:]
+        seq.text = seq.text[: seq.text_ends[-1] if kept else 0]
+        if seq.num_rollbacks > MAX_ROLLBACKS + kept:
+            return self._release(seq, kept, "content_filter")
+        seq.decode_stream = None
+        for token_id in seq.output_token_ids:
+            self._decode(seq, token_id)
+        return None
+
+    def _decode(self, seq: Sequence, token_id: int) -> str:
+        """The text that the next token completes: whole characters, so often none."""
+        if seq.decode_stream is None:
+            ids = seq.request.prompt_token_ids[-CONTEXT_TOKENS:]
+            # After half a character the stream would give its context out again.
+            while ids and self.tokenizer.decode(ids, skip_special_tokens=True).endswith("\ufffd"):
+                ids = ids[:-1]
+            seq.decode_stream = DecodeStream(ids=ids, skip_special_tokens=True)
+        return seq.decode_stream.step(self.tokenizer.backend_tokenizer, token_id) or ""

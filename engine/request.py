@@ -1,0 +1,208 @@
+"""What the engine is asked for, what it gives, and how it fails.
+
+A client holds an `EngineRequest`; the engine draws one or more `Sequence`s from its prompt and
+hands out what they gain as `Delta`s.
+"""
+
+import asyncio
+import enum
+import itertools
+import time
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+from tokenizers.decoders import DecodeStream
+
+FinishReason = Literal["stop", "length", "content_filter"]
+
+# EngineError
+#  +- QueueFullError     the waiting queue is full: try again later. Recoverable.
+#  +- InferenceError     the step that held the request failed; the engine goes on. Recoverable.
+#  +- EngineStoppedError the engine was shut down. Unrecoverable.
+
+
+class EngineError(Exception):
+    """Base of everything the engine raises on its own account."""
+
+
+class QueueFullError(EngineError):
+    """The waiting queue is full; nothing was queued. Recoverable."""
+
+
+class InferenceError(EngineError):
+    """The model failed in a step that held this request; `__cause__` says how. Recoverable."""
+
+
+class EngineStoppedError(EngineError):
+    """The engine was shut down. Unrecoverable."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request is sampled. Validated by the caller; the engine trusts the ranges."""
+
+    max_new_tokens: int = 50  # >= 0; cut to what fits in the model's context
+    temperature: float = 1.0  # >= 0; 0 = greedy
+    top_k: int = 0  # >= 0; 0 keeps every token
+    top_p: float = 1.0  # (0, 1]; 1 keeps every token
+    min_p: float = 0.0  # [0, 1]; drops tokens less likely than min_p times the likeliest
+    repetition_penalty: float = 1.0  # > 0; of tokens in prompt or output (CTRL, Keskar et al. 2019)
+    presence_penalty: float = 0.0  # subtracted once from the logit of a token in the output
+    frequency_penalty: float = 0.0  # subtracted for each time it is in the output
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # added; -inf bans
+    min_tokens: int = 0  # no end-of-text and no stop string before so many tokens
+    ignore_eos: bool = False  # end-of-text is a token like any other
+    stop: tuple[str, ...] = ()  # ends before the first of these; the text leaves it out
+    num_logprobs: int | None = None  # None: none; else of the token and so many likeliest ones
+    num_prompt_logprobs: int | None = None  # the same for the prompt's tokens
+    seed: int | None = None  # 0 … 2^63-1; None draws one
+
+    @property
+    def edits_logits(self) -> bool:
+        """Whether logits are changed for more than a rolled-back token."""
+        return bool(
+            self.repetition_penalty != 1.0
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.logit_bias
+            or self.min_tokens
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PositionLogprobs:
+    """Natural-log probabilities at one position, before temperature and penalties."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]  # (token id, logprob), likeliest first
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one sequence of a request has gained: whole tokens, valid UTF-8, filtered."""
+
+    index: int  # of the sequence in its request, or among those submitted together
+    text: str
+    token_ids: list[int]
+    logprobs: list[PositionLogprobs]
+    finish_reason: FinishReason | None  # set in the last delta of the sequence
+
+
+@dataclass(slots=True)
+class StepStats:
+    """What one step did, for whoever keeps count.
+
+    Seconds count from the request's arrival; those of `inter_token_seconds` from the sequence's
+    token before.
+    """
+
+    num_rows: int  # tokens that went through the model
+    num_prompt_tokens: int  # of these
+    queue_seconds: list[float]  # of requests that left the queue
+    time_to_first_token_seconds: list[float] = field(default_factory=list)
+    inter_token_seconds: list[float] = field(default_factory=list)
+    finished: list[tuple[FinishReason, float]] = field(default_factory=list)
+    num_rollbacks: int = 0
+    num_untimed_tokens: int = 0  # generated, but in no list of seconds above
+
+
+class TextFilter(Protocol):
+    """What the engine asks of a content filter (`serving.content_filter` has one)."""
+
+    def scan(self, text: str, start: int, final: bool) -> tuple[tuple[int, int] | None, int]:
+        """(span of the first forbidden word that begins at or after `start`, else None; the
+        length of the longest prefix in which none can begin, whatever text follows)."""
+
+
+class Status(enum.Enum):
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+class EngineRequest:
+    """A prompt and the sequences that are drawn from it; made by `Engine.submit`."""
+
+    ids = itertools.count()
+
+    def __init__(
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        prompt_text: str,
+        num_safe_characters: int,
+        streams: bool,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        num_sequences: int = 1,
+        first_index: int = 0,
+        deltas: asyncio.Queue[Delta | Exception] | None = None,
+    ):
+        self.id = next(self.ids)
+        self.prompt_token_ids = prompt_token_ids
+        self.params = params
+        self.prompt_text = prompt_text  # a forbidden word may begin in it
+        self.num_safe_characters = num_safe_characters  # of it: in these it cannot
+        self.streams = streams  # else the only delta of a sequence is its last
+        self.is_aborted = False
+        self.arrived_seconds = time.monotonic()
+        self.queue_seconds: float | None = None  # how long it waited; None while it does
+        self.num_generated_tokens = 0  # by all its sequences, without what was rolled back
+        self.finish_reasons: set[FinishReason] = set()  # of its sequences that have finished
+        # Of each prompt token but the first; set ahead of the first delta, if asked for.
+        self.prompt_logprobs: list[PositionLogprobs] | None = None
+        self.loop = loop
+        self.num_sequences = num_sequences
+        self.first_index = first_index  # of its sequences among those submitted together
+        self.deltas = asyncio.Queue() if deltas is None else deltas
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+
+class Sequence:
+    """One continuation of a request's prompt: its tokens, its text, its random stream."""
+
+    def __init__(self, request: EngineRequest, index: int, seed: int):
+        self.request = request
+        self.index = index
+        self.params = request.params
+        self.status = Status.WAITING
+        self.rng = np.random.Generator(np.random.Philox(key=[seed, index]))
+        self.output_token_ids: list[int] = []
+        self.logprobs: list[PositionLogprobs] = []
+        self.text = ""  # what the output tokens decode to, stop string left out
+        self.text_ends: list[int] = []  # len(text) after each output token
+        self.num_released_tokens = 0  # of the output, already handed to the client
+        # Of prompt and text: no forbidden word can begin before.
+        self.num_safe_characters = request.num_safe_characters
+        self.banned: dict[int, list[int]] = {}  # output position -> token ids rolled back there
+        self.num_rollbacks = 0
+        self.last_token_seconds: float | None = None  # when the last token came
+        self.decode_stream: DecodeStream | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Of prompt and output together."""
+        return len(self.request.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def last_token_id(self) -> int:
+        return (self.output_token_ids or self.request.prompt_token_ids)[-1]
+
+    def token_start(self, index: int) -> int:
+        """Where in the text the token that holds text[index] begins; 0 for index < 0."""
+        token = bisect_right(self.text_ends, index)
+        return self.text_ends[token - 1] if token else 0
+
+    def num_tokens_within(self, length: int) -> int:
+        """How many output tokens, at least those released, end within text[:length]."""
+        num_tokens = self.num_released_tokens
+        while num_tokens < len(self.output_token_ids) and self.text_ends[num_tokens] <= length:
+            num_tokens += 1
+        return num_tokens
