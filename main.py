@@ -105,6 +105,9 @@ from engine import (
     QueueFullError,
     SamplingParams,
     StepStats,
+    available_cores,
+    choose_kernel,
+    instruction_set,
     native_dtype,
 )
 from external import BusyError, ExternalDelta, ExternalEngine, RefusedError, UnreachableError
@@ -588,7 +591,11 @@ class ModelMetrics:
     )  # fmt: skip
     LOAD = Gauge("model_load_seconds", "How long the model took to load last.", ["model_name"])
     LOADED = Gauge("model_loaded", "0 while the model is not in memory.", ["model_name"])
-    ABOUT = Gauge("model_info", "1, for every served model.", ["model_name", "dtype", "device"])
+    ABOUT = Gauge(
+        "model_info",
+        "1, for every served model.",
+        ["model_name", "dtype", "device", "kernel", "instruction_set"],
+    )
 
     def __init__(self, name: str):
         self.name = name
@@ -629,12 +636,13 @@ class ModelMetrics:
         self.WAITING.labels(self.name).set_function(lambda: served.num_waiting)
         self.HEALTHY.labels(self.name).set_function(lambda: served.is_healthy)
         if isinstance(served, ExternalEngine):
-            self.ABOUT.labels(self.name, "external", "external").set(1)
+            self.ABOUT.labels(self.name, *["external"] * 4).set(1)
             return
         self.LOADED.labels(self.name).set_function(lambda: served.is_loaded)
         self.SLOTS.labels(self.name).set(served.scheduler.max_num_seqs)
-        model = served.model
-        self.ABOUT.labels(self.name, str(model.dtype), model.device.type).set(1)
+        model, kernel = served.model, served.kernel.name
+        about = (str(model.dtype), model.device.type, kernel, instruction_set())
+        self.ABOUT.labels(self.name, *about).set(1)
 
 
 VERSION = "0.1.0"
@@ -724,21 +732,47 @@ def connect(name: str, source: str) -> tuple[None, ExternalEngine]:
     return None, served
 
 
-def load_pipeline(name: str, source: str) -> Any:
-    started_seconds = time.monotonic()
+def chosen_precision() -> tuple[torch.dtype, str]:
+    """(dtype, device) that models are loaded with. Ends the process where DTYPE cannot be had."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtypes = {"auto": native_dtype(device), "float32": torch.float32, "bfloat16": torch.bfloat16}
     dtype = torch.float32 if settings.quantization else dtypes[settings.dtype]
-    loaded = pipeline("text-generation", model=source, dtype=dtype, device=device)
+    try:
+        choose_kernel(dtype, device, settings.quantization)
+    except ValueError as error:
+        variable = "QUANTIZATION" if settings.quantization else "DTYPE"
+        sys.exit(f"Invalid settings. {variable}: {error}")
+    return dtype, device
+
+
+def load_pipeline(source: str) -> Any:
+    dtype, device = chosen_precision()
+    return pipeline("text-generation", model=source, dtype=dtype, device=device)
+
+
+def tell_of_load(name: str, served: Engine, started_seconds: float) -> None:
     seconds = time.monotonic() - started_seconds
     ModelMetrics.LOAD.labels(name).set(seconds)
-    logger.info("loaded %s (%s, %s) in %.1f s", name, dtype, device, seconds)
-    return loaded
+    logger.info("loaded %s (%s) in %.1f s", name, served.description, seconds)
+
+
+def chosen_num_threads() -> int:
+    """How many threads compute; more than there are cores are warned of."""
+    cores = available_cores()
+    if (settings.torch_num_threads or 0) > cores:
+        logger.warning(
+            "TORCH_NUM_THREADS is %d and the process may use %d cores: threads that wait for a "
+            "core make every step slower",
+            settings.torch_num_threads,
+            cores,
+        )
+    return settings.torch_num_threads or cores
 
 
 def load_generator(name: str, source: str) -> tuple[Any, Engine]:
     """A text-generation pipeline, and the engine to which its model belongs from here on."""
-    loaded = load_pipeline(name, source)
+    started_seconds = time.monotonic()
+    loaded = load_pipeline(source)
     metrics = ModelMetrics(name)
     served = Engine(
         loaded.model,
@@ -747,12 +781,13 @@ def load_generator(name: str, source: str) -> tuple[Any, Engine]:
         max_queue_size=settings.max_queue_size,
         max_model_len=settings.max_model_len,
         quantization=settings.quantization,
-        num_threads=settings.torch_num_threads,
+        num_threads=chosen_num_threads(),
         text_filter=content_filter if settings.filter_output else None,
         on_step=metrics.observe,
         on_model_needed=partial(swap.needed.put, (name, source)),
     )
     metrics.watch(served)
+    tell_of_load(name, served, started_seconds)
     return loaded, served
 
 
@@ -806,8 +841,10 @@ class Swap:
                 unload(generators[oldest], local_engine(oldest))
                 logger.info("unloaded %s", oldest)
             if needed.num_waiting:  # still
-                generators[name].model = load_pipeline(name, source).model
+                started_seconds = time.monotonic()
+                generators[name].model = load_pipeline(source).model
                 needed.load(generators[name].model)
+                tell_of_load(name, needed, started_seconds)
         except Exception:
             logger.exception("cannot load %s", name)
             generators[name].model = None

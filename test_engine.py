@@ -33,10 +33,11 @@ from engine import (
     SamplingParams,
 )
 from engine.cache import KVCache
+from engine.kernels import PackedLinear
 from engine.request import Sequence, Status
 from engine.sampler import _keep_likeliest, edit_logits, sample
 from engine.scheduler import SHORT_PROMPT_TOKENS, Scheduler
-from engine.weights import PackedLinear, move_to_huge_pages
+from engine.weights import move_to_huge_pages
 from main import ContentFilter
 
 FOLDER = Path(__file__).parent / "gpt2-tales"

@@ -32,6 +32,8 @@ chooses how many rows it runs at once (`ModelRunner.measure_batch_invariance`).
 """
 
 from engine.engine import Engine
+from engine.kernels import choose_kernel
+from engine.processor import instruction_set, native_dtype
 from engine.request import (
     Delta,
     EngineError,
@@ -45,7 +47,7 @@ from engine.request import (
     StepStats,
     TextFilter,
 )
-from engine.weights import native_dtype
+from engine.threads import available_cores
 
 __all__ = [
     "Delta",
@@ -60,5 +62,8 @@ __all__ = [
     "SamplingParams",
     "StepStats",
     "TextFilter",
+    "available_cores",
+    "choose_kernel",
+    "instruction_set",
     "native_dtype",
 ]

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from engine.kernels import choose_kernel
 from engine.model_runner import ModelRunner
 from engine.output import OutputProcessor
+from engine.processor import instruction_set
 from engine.request import (
     Delta,
     EngineError,
@@ -50,7 +52,8 @@ class Engine:
     on_model_needed: called with a request, wherever that is submitted, when the model is not
         loaded or about to leave; to see to it that `load` is called.
 
-    Raises ValueError for a model whose attention cannot be replaced.
+    quantization: None or "int8".
+    Raises ValueError for a model whose attention cannot be replaced, and as `choose_kernel`.
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class Engine:
         self.max_model_len = min(n for n in (*windows, max_model_len) if n)
         self.vocab_size: int = config.vocab_size
         self.tokenizer = tokenizer
-        self.quantization = quantization
+        self.kernel = choose_kernel(model.dtype, model.device.type, quantization)
         self.on_step = on_step
         self.on_model_needed = on_model_needed
         self.eos_token_ids = _eos_token_ids(model, tokenizer)
@@ -110,13 +113,19 @@ class Engine:
         """Raises ValueError while it is not loaded."""
         return self.runner.model
 
+    @property
+    def description(self) -> str:
+        """How the loaded model is computed: for the log."""
+        pages = "2 MiB pages" if self.runner.uses_huge_pages else "ordinary pages"
+        return f"{self.model.dtype}, {self.kernel.name}, {instruction_set()}, {pages}"
+
     def load(self, model: PreTrainedModel) -> None:
         """Takes the model, the same one as ever; what waits runs from here on."""
         runner = ModelRunner(
             model,
             max_num_seqs=self.scheduler.max_num_seqs,
             max_model_len=self.max_model_len,
-            quantization=self.quantization,
+            kernel=self.kernel,
         )
         if self._row_range is None:
             measuring = self._computing_thread.submit(runner.measure_batch_invariance)

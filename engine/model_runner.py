@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from engine.batch import ForwardBatch
 from engine.cache import KVCache
+from engine.kernels import Kernel
 from engine.request import EngineRequest, Sequence
 from engine.sampler import collect_logprobs
 from engine.scheduler import SHORT_PROMPT_TOKENS
@@ -35,7 +36,7 @@ class ModelRunner:
 
     model: changed in place; it belongs to the runner from here on.
     max_num_seqs: rows of the cache. max_model_len: tokens that each has room for.
-    quantization: None or "int8".
+    kernel: how its products are computed.
     """
 
     def __init__(
@@ -44,10 +45,10 @@ class ModelRunner:
         *,
         max_num_seqs: int,
         max_model_len: int,
-        quantization: str | None,
+        kernel: Kernel,
     ):
         model.eval().set_attn_implementation("slots")
-        prepare_weights(model, quantization)
+        self.uses_huge_pages = prepare_weights(model, kernel)
         self.model = model
         self.max_num_seqs = max_num_seqs
         self.cache = KVCache(model, max_num_seqs, max_model_len)

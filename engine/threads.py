@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 
-def available_cores() -> int:
-    """The cores this process may use: its affinity, cut by its control group's quota."""
+def available_cores(control_group: Path = Path("/sys/fs/cgroup")) -> int:
+    """The cores this process may use: at least 1: affinity, cut by its group's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     quota = math.inf
-    v2, v1 = Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
+    v2, v1 = control_group / "cpu.max", control_group / "cpu" / "cpu.cfs_quota_us"
     try:
         if v2.exists():
             limit, period = v2.read_text().split()
