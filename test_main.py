@@ -570,7 +570,10 @@ def test_page_is_small_and_whole() -> None:
     assert sum(len(text.encode()) for text in files.values()) < 60_000
     addresses = {a for text in files.values() for a in re.findall(r"https?://[^\s\"')]+", text)}
     assert addresses <= {"http://www.w3.org/2000/svg"}
-    assert "innerHTML" not in files["page.js"]
+    scripts = {f"static/{name}": text for name, text in files.items() if name.endswith(".js")}
+    assert not any("innerHTML" in text for text in scripts.values())
+    # Each is asked for at once: none waits until another has come.
+    assert sorted(re.findall(r'"(static/\w+\.js)"', files["index.html"])) == sorted(scripts)
 
 
 def test_page_allows_no_inline_code_and_no_frame() -> None:
