@@ -707,6 +707,25 @@ def test_seed_gives_the_same_bits_beside_a_longer_text() -> None:
         llama.stop()
 
 
+def test_seed_every_layer_gets_the_rows_that_it_needs(
+    small_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The output layer got one row for a request alone, whatever had been measured; oneDNN sums
+    a single row in another order where it has no more than AVX."""
+    forward, num_rows = small_engine.model.forward, []
+
+    def count(**inputs: Any) -> Any:
+        num_rows.extend([inputs["input_ids"].numel(), len(inputs["logits_to_keep"])])
+        return forward(**inputs)
+
+    alone = one(small_engine, SHORT, seed=1, max_new_tokens=9)
+    monkeypatch.setattr(small_engine.model, "forward", count)
+    monkeypatch.setattr(small_engine.runner, "min_rows", 5)
+    assert one(small_engine, SHORT, seed=1, max_new_tokens=9).text == alone.text
+    assert len(num_rows) == 2 * 9
+    assert min(num_rows) >= 5
+
+
 def test_seed_holds_with_fewer_places_than_sequences(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -115,18 +115,23 @@ class ModelRunner:
             plan.copies += [(row, other, len(prompt)) for other in others]
 
     def run(self, batch: ForwardBatch) -> Tensor:
-        """Logits (len(batch.logit_rows), vocab) float32 of one forward pass."""
+        """Logits (len(batch.logit_rows), vocab) float32 of one forward pass.
+
+        The output layer, too, gets min_rows rows at least: the last one again and again.
+        """
         if (missing := self.min_rows - len(batch.token_ids)) > 0:
             batch.add_prompt([0] * missing, self.cache.padding_row)
+        num_wanted = len(batch.logit_rows)
+        logit_rows = batch.logit_rows + batch.logit_rows[-1:] * (self.min_rows - num_wanted)
         self.cache.begin(batch)
         output = self.model(
             input_ids=torch.tensor([batch.token_ids], device=self.model.device),
             position_ids=self.cache.positions[None],
-            logits_to_keep=torch.tensor(batch.logit_rows, device=self.model.device),
+            logits_to_keep=torch.tensor(logit_rows, device=self.model.device),
             use_cache=False,
             kv_cache=self.cache,
         )
-        return output.logits[0].float()
+        return output.logits[0, :num_wanted].float()
 
     def probe(self) -> None:
         """Runs one token; raises what the model raises."""
