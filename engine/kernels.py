@@ -95,10 +95,15 @@ ONEDNN = Kernel("onednn", PackedLinear, fuses_gelu=True)
 
 
 def int8_kernels() -> list[Kernel]:
-    """The int8 kernels that this build of torch has, the fastest first, as measured."""
+    """The int8 kernels that may be tried here, the fastest first, as measured.
+
+    Torch's onednn uses AVX without asking: on a processor that has none, it ends the process.
+    """
     backends = ["fbgemm", "onednn", "qnnpack"]
     if instruction_set() == "amx":
         backends = ["onednn", "fbgemm", "qnnpack"]
+    elif instruction_set() == "sse41":
+        backends.remove("onednn")
 
     def kernel(backend: str, seven_bits: bool) -> Kernel:
         def pack(weight: Tensor, bias: Tensor | None, gelu: bool) -> nn.Module:
@@ -119,7 +124,7 @@ def choose_kernel(dtype: torch.dtype, device_type: str, quantization: str | None
     """The fastest kernel that computes right here; a line in the log says what had to be left out.
 
     Raises ValueError for int8 on a GPU, and for bfloat16 on a CPU without a kernel for it: what
-    torch does there instead takes longer than float32.
+    torch does there instead takes up to four times as long as float32 (docs/performance.md).
     """
     if device_type != "cpu":
         if quantization:

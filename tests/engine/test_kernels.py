@@ -1,0 +1,202 @@
+"""Which kernels compute right here, and what takes the place of one that does not.
+
+Whatever the processor has is tested; one line says what it lacks.
+"""
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine import choose_kernel, instruction_set, native_dtype
+from engine.kernels import ONEDNN, PLAIN, Kernel, int8_kernels, what_is_wrong_with
+from engine.processor import has_onednn
+from engine.weights import move_to_huge_pages
+
+INT8 = {kernel.name: kernel for kernel in int8_kernels()}
+
+
+@pytest.fixture(autouse=True)
+def _choose_anew() -> Iterator[None]:
+    """What one test makes of the processor is forgotten before the next."""
+    choose_kernel.cache_clear()
+    yield
+    choose_kernel.cache_clear()
+
+
+@pytest.fixture
+def without_onednn() -> Iterator[None]:
+    was_enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    yield
+    torch._C._set_mkldnn_enabled(was_enabled)
+
+
+def missing(*_: object) -> None:
+    raise AttributeError("no such operation")
+
+
+def refusing(*_: object) -> None:
+    raise RuntimeError("this processor is too old\nand a stack of C++")
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def skip_unless_right(kernel: Kernel, dtype: torch.dtype) -> None:
+    if problem := what_is_wrong_with(kernel, dtype):
+        pytest.skip(f"{kernel.name} in {dtype}, on {instruction_set()}: {problem}")
+
+
+# --- What kernels compute -----------------------------------------------------------------------
+
+
+def worst_error(kernel: Kernel, dtype: torch.dtype, num_rows: int) -> float:
+    """Of a random layer, as a part of the largest result."""
+    assert kernel.pack
+    torch.manual_seed(num_rows)
+    weight, bias = torch.randn(96, 200).to(dtype), torch.randn(96).to(dtype)
+    x = torch.randn(num_rows, 200).to(dtype)
+    wanted = F.linear(x.double(), weight.double(), bias.double())
+    got = kernel.pack(weight, bias, False)(x)
+    return ((got - wanted).abs().max() / wanted.abs().max()).item()
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 40])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
+def test_onednn_computes_a_random_layer(dtype: torch.dtype, most: float, num_rows: int) -> None:
+    skip_unless_right(ONEDNN, dtype)
+    assert worst_error(ONEDNN, dtype, num_rows) < most
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 40])
+@pytest.mark.parametrize("name", INT8)
+def test_int8_computes_a_random_layer(name: str, num_rows: int) -> None:
+    skip_unless_right(INT8[name], torch.float32)
+    assert worst_error(INT8[name], torch.float32, num_rows) < 0.03
+
+
+def test_onednn_fuses_gelu() -> None:
+    skip_unless_right(ONEDNN, torch.float32)
+    weight, x = torch.randn(64, 64), torch.randn(5, 64)
+    got = ONEDNN.pack(weight, None, True)(x)
+    assert torch.allclose(got, F.gelu(x @ weight.T, approximate="tanh"), atol=1e-4)
+
+
+def test_int8_does_not_saturate() -> None:
+    """Without VNNI pairs of products were added in 16 bits: 32.4 came out for 63. Processors with
+    VNNI are made to do the same in test_processors.py."""
+    weight, x = torch.ones(8, 64), torch.ones(3, 64)
+    x[:, 0] = 0
+    kernel = choose_kernel(torch.float32, "cpu", "int8")
+    if kernel.pack is None:
+        pytest.skip("no int8 kernel is right on this processor, and none is chosen")
+    assert torch.allclose(kernel.pack(weight, None, False)(x), x @ weight.T, rtol=0.01)
+
+
+def test_what_is_wrong_with_a_kernel_that_saturates() -> None:
+    class Saturating(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.full((len(x), 64), 33.0)
+
+    kernel = Kernel("saturating", lambda *_: Saturating())
+    assert what_is_wrong_with(kernel, torch.float32) == "its results are wrong on this processor"
+
+
+# --- What is chosen in whose place --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operation", [missing, refusing])
+def test_choose_kernel_float32_stays_unpacked_where_packing_fails(
+    operation: object, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", operation, raising=False)
+    assert choose_kernel(torch.float32, "cpu", None) is PLAIN
+    (line,) = warnings_of(caplog)
+    assert line.startswith("weights are not packed, which makes steps slower: torch")
+    assert "C++" not in line
+
+
+def test_choose_kernel_float32_stays_unpacked_without_onednn(
+    without_onednn: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not has_onednn()
+    assert choose_kernel(torch.float32, "cpu", None) is PLAIN
+    (line,) = warnings_of(caplog)
+    assert line.endswith("torch has no oneDNN, or it is switched off")
+
+
+@pytest.mark.parametrize("operation", [missing, refusing])
+@pytest.mark.parametrize("name", ["linear_prepack", "linear_dynamic"])
+def test_choose_kernel_int8_falls_back_to_float32(
+    operation: object, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = choose_kernel(torch.float32, "cpu", None)
+    caplog.clear()
+    monkeypatch.setattr(torch.ops.quantized, name, operation, raising=False)
+    assert choose_kernel(torch.float32, "cpu", "int8") is expected
+    assert "QUANTIZATION=int8 is left out" in warnings_of(caplog)[0]
+
+
+@pytest.mark.parametrize("operation", [missing, refusing])
+def test_choose_kernel_bfloat16_says_what_is_lacking(
+    operation: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", operation, raising=False)
+    with pytest.raises(ValueError, match=r"^bfloat16 needs a processor with AVX-512") as refused:
+        choose_kernel(torch.bfloat16, "cpu", None)
+    assert f"this one has {instruction_set()}" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_choose_kernel_int8_needs_a_cpu() -> None:
+    with pytest.raises(ValueError, match="needs a CPU"):
+        choose_kernel(torch.float32, "cuda", "int8")
+    assert choose_kernel(torch.float32, "cuda", None) is PLAIN
+
+
+def test_int8_kernels_of_torchs_onednn_are_not_tried_without_avx(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They ended the process with an illegal instruction (QEMU's Nehalem)."""
+    monkeypatch.setattr("engine.kernels.instruction_set", lambda: "sse41")
+    assert not [kernel.name for kernel in int8_kernels() if "onednn" in kernel.name]
+
+
+# --- The processor ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", ["SSE41", "AVX2", "AVX512_CORE", "avx512_core_vnni"])
+def test_native_dtype_is_float32_where_bfloat16_is_not_native(
+    limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if " " in instruction_set():
+        pytest.skip(f"limits of oneDNN's instruction set count on x86, this is {instruction_set()}")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert instruction_set() in ("sse41", "avx2", "avx512", "avx512_vnni")
+    assert native_dtype() == torch.float32
+
+
+def test_native_dtype_is_float32_without_onednn(without_onednn: None) -> None:
+    assert native_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("name", ["data_ptr", "_nbytes"])
+@pytest.mark.parametrize("operation", [missing, refusing])
+def test_huge_pages_are_left_out_where_an_operation_is_missing(
+    name: str, operation: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_unless_right(ONEDNN, torch.float32)
+    layer, x = ONEDNN.pack(torch.randn(2048, 2048), None, False), torch.randn(2, 2048)
+    before = layer(x)
+    monkeypatch.setattr(torch.ops.mkldnn, name, operation, raising=False)
+    assert move_to_huge_pages([layer.weight]) is False
+    assert torch.equal(layer(x), before)
+
+
+def test_huge_pages_of_nothing() -> None:
+    assert move_to_huge_pages([]) is False
