@@ -1,0 +1,74 @@
+"""How many cores the process may use: by affinity, and by its control group's quota."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from engine import available_cores
+
+
+@pytest.fixture(autouse=True)
+def _four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("cpu_max", "cores"),
+    [
+        ("50000 100000", 1),  # half a core
+        ("100000 100000", 1),
+        ("150000 100000", 2),  # rounded up
+        ("1000000 100000", 4),
+        ("max 100000", 4),
+        ("", 4),
+        ("nonsense", 4),
+        ("1 0 0", 4),
+    ],
+)
+def test_available_cores_of_a_control_group(tmp_path: Path, cpu_max: str, cores: int) -> None:
+    (tmp_path / "cpu.max").write_text(cpu_max + "\n")
+    assert available_cores(tmp_path) == cores
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("50000", 1), ("250000", 3), ("-1", 4), ("0", 4)])
+def test_available_cores_of_a_control_group_of_the_first_version(
+    tmp_path: Path, quota: str, cores: int
+) -> None:
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(quota)
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000")
+    assert available_cores(tmp_path) == cores
+
+
+def test_available_cores_without_a_control_group(tmp_path: Path) -> None:
+    assert available_cores(tmp_path / "missing") == 4
+
+
+def test_available_cores_of_a_quota_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "cpu.max").mkdir()  # whoever reads it, root too
+    assert available_cores(tmp_path) == 4
+
+
+def test_available_cores_where_affinity_is_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert available_cores(tmp_path) == 3
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert available_cores(tmp_path) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="a core cannot be taken away here")
+def test_available_cores_of_one_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a thread of its own, which alone loses the others."""
+    monkeypatch.undo()
+
+    def count() -> int:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        return available_cores(tmp_path)
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(count).result() == 1
