@@ -761,10 +761,11 @@ def chosen_num_threads() -> int:
     cores = available_cores()
     if (settings.torch_num_threads or 0) > cores:
         logger.warning(
-            "TORCH_NUM_THREADS is %d and the process may use %d cores: threads that wait for a "
+            "TORCH_NUM_THREADS is %d and the process may use %d core%s: threads that wait for a "
             "core make every step slower",
             settings.torch_num_threads,
             cores,
+            "s" * (cores > 1),
         )
     return settings.torch_num_threads or cores
 
