@@ -21,8 +21,10 @@ RUN useradd --create-home --uid 1000 app \
     && chown app "$HF_HOME"
 COPY --from=build /opt/venv /opt/venv
 WORKDIR /app
-COPY main.py models.py external.py ./
+COPY main.py models.py ./
 COPY engine/ engine/
+COPY backends/ backends/
+COPY serving/ serving/
 COPY static/ static/
 COPY gpt2-tales/ gpt2-tales/
 USER app

@@ -45,10 +45,10 @@ test-ray: $(VENV)/.test $(VENV)/.ray
 	$(PY) -m pytest -m slow
 
 bench: $(VENV)/.test
-	$(PY) bench.py $(BENCH_ARGS)
+	$(PY) scripts/bench.py $(BENCH_ARGS)
 
 soak: $(VENV)/.test
-	$(PY) soak.py --seconds $(SECONDS)
+	$(PY) scripts/soak.py --seconds $(SECONDS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .schemathesis

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-os.environ.setdefault("MODEL_NAME", str(Path(__file__).parent / "gpt2-tales"))
+os.environ["MODEL_NAME"] = str(Path(__file__).parent / "gpt2-tales")
 # As main.py has it, which tests import after torch.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 if "PYTEST_XDIST_WORKER" in os.environ:  # `make test`: there is another one beside this

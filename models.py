@@ -6,7 +6,7 @@ same fields are read from decimal digits.
 """
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
     AfterValidator,
@@ -78,7 +78,7 @@ MaxLength = Annotated[
 ]
 
 
-class LengthParams(_Strict):
+class LengthFields(_Strict):
     """How much text is generated."""
 
     max_length: MaxLength = 50
@@ -112,7 +112,7 @@ TopK = Annotated[
 NumSequences = Annotated[int, Field(ge=1, le=8, description="How many continuations to draw.")]
 
 
-class SamplingParams(_Strict):
+class SamplingFields(_Strict):
     """How the next token is chosen, on every route."""
 
     temperature: Temperature = 1.0
@@ -132,6 +132,10 @@ class SamplingParams(_Strict):
     )
 
 
+class TextFields(SamplingFields, LengthFields):
+    """What every native route that generates takes."""
+
+
 class SequenceCount(_Strict):
     num_return_sequences: NumSequences = 1
 
@@ -145,7 +149,7 @@ class ModelChoice(_Strict):
 # --- Native routes ------------------------------------------------------------------------------
 
 
-class GenerateRequest(ModelChoice, SamplingParams, LengthParams):
+class GenerateRequest(ModelChoice, TextFields):
     """`POST /generate`"""
 
     model_config = ConfigDict(
@@ -176,7 +180,7 @@ class GenerateResponse(BaseModel):
     model_name: str = Field(description="What really answered.", examples=["gpt2"])
 
 
-class GenerateTextRequest(SequenceCount, SamplingParams, LengthParams):
+class GenerateTextRequest(SequenceCount, TextFields):
     """`POST /generate-text/`"""
 
     model_config = ConfigDict(
@@ -198,7 +202,7 @@ class GenerateTextResponse(BaseModel):
     )
 
 
-class TextRequest(ModelChoice, SamplingParams, LengthParams):
+class TextRequest(ModelChoice, TextFields):
     """`POST /generate/text`"""
 
     model_config = ConfigDict(
@@ -228,7 +232,7 @@ class TextQuery(_FromQuery, TextRequest):
     model_config = ConfigDict(strict=False)
 
 
-class PromptQuery(_FromQuery, ModelChoice, SequenceCount, SamplingParams, LengthParams):
+class PromptQuery(_FromQuery, ModelChoice, SequenceCount, TextFields):
     """`GET /{prompt}`"""
 
     model_config = ConfigDict(strict=False)
@@ -331,7 +335,7 @@ class StreamOptions(_NullsLeftOut):
     include_obfuscation: bool = Field(default=False, description="Accepted, ignored.")
 
 
-class _OpenAIRequest(_NullsLeftOut, ModelChoice, SamplingParams):
+class _OpenAIRequest(_NullsLeftOut, ModelChoice, SamplingFields):
     """What both `/v1` generation routes take. Fields of OpenAI's that change nothing here, like
     `user` and `store`, count as left out."""
 
@@ -417,6 +421,17 @@ class CompletionRequest(_OpenAIRequest):
         description="Draw so many and give the `n` with the highest mean log probability.",
     )
 
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt, as a text or as token ids."""
+        is_one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return cast(list[str | list[int]], [self.prompt] if is_one else self.prompt)
+
+    @property
+    def num_drawn(self) -> int:
+        """How many continuations of each prompt are drawn."""
+        return self.best_of or self.n
+
 
 class TextPart(_Strict):
     type: Literal["text"]
@@ -458,6 +473,11 @@ class ChatCompletionRequest(_OpenAIRequest):
     top_logprobs: int = Field(
         default=0, ge=0, le=20, description="And those of so many likeliest tokens."
     )
+
+    @property
+    def most_tokens(self) -> int | None:
+        """How many tokens to generate at most; None: as many as fit."""
+        return self.max_completion_tokens or self.max_tokens
 
 
 class Usage(BaseModel):

@@ -36,6 +36,8 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving.errors import OVERLOADED, error_body
+
 CONFIG = Path(__file__).parent / "serve.yaml"
 OBJECT_STORE_BYTES = 100_000_000  # nothing is kept there; without a limit it takes 30 % of memory
 SCRAPE_TIMEOUT_SECONDS = 5.0
@@ -60,7 +62,7 @@ def build_app() -> ASGIApp:
 
     for handler in logging.getLogger("service").handlers:  # the engine's are the same
         handler.addFilter(add_replica)
-    main.exposition = exposition_of_all
+    main.app.state.service.render_metrics = render_all_metrics
     return main.app
 
 
@@ -70,9 +72,9 @@ class Replica:
         for which `/ready` says no too, is no reason."""
         import main
 
-        for name, engine in main.engines.items():
-            if not engine.is_healthy:
-                raise RuntimeError(f"the engine of {name} keeps failing")
+        for backend in main.registry.backends.values():
+            if not backend.is_healthy:
+                raise RuntimeError(f"the engine of {backend.name} keeps failing")
 
     def families(self) -> list[Metric]:
         """This replica's metrics, labelled with it."""
@@ -104,7 +106,7 @@ class Families:
         yield from self.by_name.values()
 
 
-async def exposition_of_all() -> bytes:
+async def render_all_metrics() -> bytes:
     """The metrics of all replicas, asked for them now; without those that die meanwhile."""
     context = serve.get_replica_context()
     handle = serve.get_deployment_handle(context.deployment, context.app_name)
@@ -132,15 +134,8 @@ RAYS_ANSWERS = {
     None: (503, DIED),
     404: (503, "The service is starting or stopping"),  # no such application
     408: (504, "The request took too long"),
-    503: (503, "Too many requests are waiting; try again shortly"),
+    503: (503, OVERLOADED),
 }
-
-
-def error_body(scope: Scope, status: int, detail: str) -> dict[str, Any]:
-    """An error as main.py writes it, which is too large to be imported in a proxy."""
-    if not scope["path"].startswith("/v1/"):
-        return {"detail": detail}
-    return {"error": {"message": detail, "type": "server_error", "param": None, "code": None}}
 
 
 class RaysAnswers:
@@ -187,11 +182,11 @@ class RaysAnswers:
             headers = {"X-Request-ID": id_.decode()}
             if status == 503:
                 headers["Retry-After"] = "1"
-            body = error_body(scope, status, detail)
+            body = error_body(scope["path"], status, detail)
             await JSONResponse(body, status, headers)(scope, receive, send)
         elif not is_complete and begun.get("content-type", "").startswith("text/event-stream"):
             # Any other answer is broken off, which every client notices.
-            body = error_body(scope, 503, DIED)
+            body = error_body(scope["path"], 503, DIED)
             name = "event: error\n" if "detail" in body else ""
             last = f"\n\n{name}data: {json.dumps(body)}\n\n".encode()
             await send({"type": "http.response.body", "body": last, "more_body": False})

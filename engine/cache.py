@@ -42,7 +42,7 @@ class KVCache:
         layers = range(config.num_hidden_layers)
         reserved = [_reserved_zeros(size, model.dtype, model.device) for _ in layers]
         self.vectors = [each.view(-1, head_dim) for each in reserved]
-        self.layers = reserved  # which `resize` gives their shape
+        self.layers = reserved  # `resize` gives them their shape
         self.resize(1, 0)
 
     def resize(self, num_tokens: int, num_rows: int) -> None:
@@ -64,18 +64,18 @@ class KVCache:
                 new[:, :num_rows, :, :kept_tokens] = kept
             views.append(new)
         self.layers, self.capacity = views, capacity
-        # Views that each step needs, made once: many small calls are a part of a step.
+        # Each step needs these views. Many small calls take a part of its time, so make them once.
         self.transposed_keys = [layer[0].flatten(0, 1).transpose(1, 2) for layer in views]
         self.values = [layer[1].flatten(0, 1) for layer in views]
 
-    def begin(self, rows: ForwardBatch) -> None:
-        """Sets what `attend` does until the next call."""
+    def begin_pass(self, batch: ForwardBatch) -> None:
+        """Says what `attend` will be called for until the next call."""
         device, kv_heads = self.vectors[0].device, self.shape[1]
-        self.prompts, self.num_decode = rows.prompts, rows.decode_end - rows.decode_start
-        self.decode_heads = slice(rows.decode_start * kv_heads, rows.decode_end * kv_heads)
-        self.positions = torch.tensor(rows.positions, device=device)
+        self.prompts, self.num_decode = batch.prompts, batch.decode_end - batch.decode_start
+        self.decode_heads = slice(batch.decode_start * kv_heads, batch.decode_end * kv_heads)
+        self.positions = torch.tensor(batch.positions, device=device)
         # (rows, 2, kv_heads): which of a layer's `vectors` a row's keys and values become.
-        heads = torch.tensor(rows.cache_rows, device=device)[:, None] * kv_heads
+        heads = torch.tensor(batch.cache_rows, device=device)[:, None] * kv_heads
         heads = heads + torch.arange(kv_heads, device=device)
         places = heads * self.capacity + self.positions[:, None]
         self.places = torch.stack((places, places + len(self.vectors[0]) // 2), dim=1)
@@ -92,31 +92,41 @@ class KVCache:
         self.vectors[layer][self.places] = keys_values
         parts = []
         if self.num_decode:
-            # Plain products: on some CPUs the fused kernel gives a row other bits in other
-            # company, and for one query a row it is no faster.
-            grouped = query[: self.num_decode].reshape(-1, self.group_size, query.shape[-1])
-            keys = self.transposed_keys[layer][self.decode_heads]
-            values = self.values[layer][self.decode_heads]
-            weights = torch.softmax(torch.baddbmm(self.mask, grouped, keys, alpha=scale), dim=-1)
-            if self.group_size > 1 and weights.dtype == torch.float32:
-                # One query a key is summed in one order anyway, and pieces take twice the time.
-                pieces = (weights.split(SUMMED_KEYS, -1), values.split(SUMMED_KEYS, -2))
-                attended = reduce(torch.add, map(torch.bmm, *pieces))
-            else:
-                attended = torch.bmm(weights, values)
-            parts.append(attended.view(self.num_decode, *query.shape[1:]))
+            parts.append(self._attend_decode(layer, query[: self.num_decode], scale))
         for first, length in self.prompts:
             prompt = slice(first, first + length)
-            attended = F.scaled_dot_product_attention(
-                query[prompt].transpose(0, 1)[None].contiguous(),
-                keys_values[prompt, 0].transpose(0, 1)[None].contiguous(),
-                keys_values[prompt, 1].transpose(0, 1)[None].contiguous(),
-                is_causal=True,
-                scale=scale,
-                enable_gqa=self.group_size > 1,
-            )
-            parts.append(attended[0].transpose(0, 1))
+            parts.append(self._attend_prompt(query[prompt], keys_values[prompt], scale))
         return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
+
+    def _attend_decode(self, layer: int, query: Tensor, scale: float) -> Tensor:
+        """One query a sequence, over all that its cache row holds.
+
+        Plain products: on some CPUs the fused kernel gives a row other bits in other company,
+        and for one query a row it is no faster.
+        """
+        grouped = query.reshape(-1, self.group_size, query.shape[-1])
+        keys = self.transposed_keys[layer][self.decode_heads]
+        values = self.values[layer][self.decode_heads]
+        weights = torch.softmax(torch.baddbmm(self.mask, grouped, keys, alpha=scale), dim=-1)
+        if self.group_size > 1 and weights.dtype == torch.float32:
+            # One query a key is summed in one order anyway, and pieces take twice the time.
+            pieces = (weights.split(SUMMED_KEYS, -1), values.split(SUMMED_KEYS, -2))
+            attended = reduce(torch.add, map(torch.bmm, *pieces))
+        else:
+            attended = torch.bmm(weights, values)
+        return attended.view(query.shape)
+
+    def _attend_prompt(self, query: Tensor, keys_values: Tensor, scale: float) -> Tensor:
+        """A whole prompt over itself: each token sees those before it."""
+        attended = F.scaled_dot_product_attention(
+            query.transpose(0, 1)[None].contiguous(),
+            keys_values[:, 0].transpose(0, 1)[None].contiguous(),
+            keys_values[:, 1].transpose(0, 1)[None].contiguous(),
+            is_causal=True,
+            scale=scale,
+            enable_gqa=self.group_size > 1,
+        )
+        return attended[0].transpose(0, 1)
 
     def copy_row(self, source: int, target: int, num_tokens: int) -> None:
         """Gives `target` the first `num_tokens` positions of `source`."""
@@ -135,7 +145,7 @@ def _reserved_zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tens
     return torch.frombuffer(mmap.mmap(-1, num_bytes, flags), dtype=dtype)
 
 
-def _slot_attention(
+def _cached_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -153,4 +163,4 @@ def _slot_attention(
     return kv_cache.attend(cast(int, module.layer_idx), query, keys_values, scale)[None], None
 
 
-ALL_ATTENTION_FUNCTIONS.register("slots", _slot_attention)
+ALL_ATTENTION_FUNCTIONS.register("engine_cache", _cached_attention)

@@ -4,24 +4,19 @@ import asyncio
 import contextlib
 import logging
 import math
-import random
 import threading
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable
-from dataclasses import replace
-from typing import Any
+from collections.abc import AsyncGenerator, Callable
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from engine.delivery import Outbox, fail
 from engine.kernels import choose_kernel
 from engine.model_runner import ModelRunner
 from engine.output import OutputProcessor
-from engine.processor import instruction_set
 from engine.request import (
     Delta,
-    EngineError,
     EngineRequest,
     EngineStoppedError,
     InferenceError,
@@ -113,12 +108,6 @@ class Engine:
         """Raises ValueError while it is not loaded."""
         return self.runner.model
 
-    @property
-    def description(self) -> str:
-        """How the loaded model is computed: for the log."""
-        pages = "2 MiB pages" if self.runner.uses_huge_pages else "ordinary pages"
-        return f"{self.model.dtype}, {self.kernel.name}, {instruction_set()}, {pages}"
-
     def load(self, model: PreTrainedModel) -> None:
         """Takes the model, the same one as ever; what waits runs from here on."""
         runner = ModelRunner(
@@ -151,8 +140,8 @@ class Engine:
     def fail_waiting(self) -> None:
         """Ends what waits with InferenceError: the model cannot be loaded."""
         with self._lock:
-            waiting, self.scheduler.waiting = self.scheduler.waiting, deque()
-        _fail(waiting, InferenceError("the model cannot be loaded"))
+            waiting = self.scheduler.take_waiting()
+        fail(waiting, InferenceError("the model cannot be loaded"))
 
     # The clients' side: any thread, any event loop.
 
@@ -212,7 +201,7 @@ class Engine:
             text, num_safe_characters = self.output.read_prompt(prompt_token_ids)
             request = EngineRequest(
                 prompt_token_ids,
-                self._fitted(params, len(prompt_token_ids)),
+                params.fitted(len(prompt_token_ids), self.max_model_len),
                 text,
                 num_safe_characters,
                 streams,
@@ -222,8 +211,7 @@ class Engine:
                 deltas=deltas,
             )
             requests.append(request)
-            seed = random.getrandbits(63) if params.seed is None else params.seed
-            seqs += [Sequence(request, index, seed) for index in range(num_sequences)]
+            seqs += request.new_sequences()
         with self._lock:
             if self._is_stopping:
                 raise EngineStoppedError("the engine was stopped")
@@ -235,16 +223,6 @@ class Engine:
             self.on_model_needed()
         return requests
 
-    def _fitted(self, params: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
-        """The parameters, with no more new tokens than fit in the model's context."""
-        most = self.max_model_len - (params.max_new_tokens > 0)
-        if not 0 < num_prompt_tokens <= most:
-            raise ValueError(f"a prompt has 1 to {most} tokens")
-        room_tokens = self.max_model_len - num_prompt_tokens
-        if params.max_new_tokens <= room_tokens:
-            return params
-        return replace(params, max_new_tokens=room_tokens)
-
     async def stream(
         self, *requests: EngineRequest, timeout_seconds: float | None = None
     ) -> AsyncGenerator[Delta]:
@@ -255,9 +233,10 @@ class Engine:
         """
         deltas = requests[0].deltas
         # One timer for all of them: a timeout around each `get` costs as much as the `get`.
-        deadline = timeout_seconds and asyncio.get_running_loop().call_later(
-            timeout_seconds, deltas.put_nowait, TimeoutError()
-        )
+        deadline = None
+        if timeout_seconds is not None:
+            loop = asyncio.get_running_loop()
+            deadline = loop.call_later(timeout_seconds, deltas.put_nowait, TimeoutError())
         try:
             num_unfinished = sum(request.num_sequences for request in requests)
             while num_unfinished:
@@ -345,7 +324,7 @@ class Engine:
     def _postprocess(self, token_ids: list[int], stats: StepStats) -> None:
         """Adds each running sequence's token; hands out deltas, frees what has finished."""
         now_seconds, num_rollbacks = time.monotonic(), self.output.num_rollbacks
-        deltas: dict[asyncio.AbstractEventLoop, list[tuple[EngineRequest, Delta]]] = {}
+        outbox = Outbox()
         try:
             for seq, token_id in zip(list(self.scheduler.running), token_ids, strict=True):
                 since_arrival_seconds = now_seconds - seq.request.arrived_seconds
@@ -355,15 +334,14 @@ class Engine:
                     stats.inter_token_seconds.append(now_seconds - seq.last_token_seconds)
                 seq.last_token_seconds = now_seconds
                 if delta := self.output.append(seq, token_id):
-                    deltas.setdefault(seq.request.loop, []).append((seq.request, delta))
+                    outbox.add(seq.request, delta)
                     if delta.finish_reason:
                         seq.request.finish_reasons.add(delta.finish_reason)
                         stats.finished.append((delta.finish_reason, since_arrival_seconds))
                         self._free(seq)
             stats.num_rollbacks = self.output.num_rollbacks - num_rollbacks
-        finally:  # an error at one sequence takes nothing from those before it
-            for loop, outputs in deltas.items():
-                _call_soon(loop, _deliver, outputs)
+        finally:  # so that an error at one sequence takes nothing from those before it
+            outbox.send()
 
     def _free(self, seq: Sequence) -> None:
         if move := self.scheduler.finish(seq):
@@ -373,10 +351,7 @@ class Engine:
 
     def _remove_aborted(self) -> None:
         with self._lock:
-            waiting = self.scheduler.waiting
-            if any(seq.request.is_aborted for seq in waiting):
-                kept = [seq for seq in waiting if not seq.request.is_aborted]
-                self.scheduler.waiting = deque(kept)
+            self.scheduler.drop_aborted()
         for seq in [seq for seq in self.scheduler.running if seq.request.is_aborted]:
             self._free(seq)
 
@@ -387,31 +362,29 @@ class Engine:
             logger.exception("a step failed; its %d sequences end", self.num_running)
         failure = InferenceError("a step of the model failed")
         failure.__cause__ = error
-        _fail(self.scheduler.running, failure)
+        fail(self.scheduler.running, failure)
         self.scheduler.running = []
 
     def _probe(self) -> None:
         """Runs one token, to see whether an unhealthy engine has recovered."""
         with self._lock:
-            waiting, self.scheduler.waiting = self.scheduler.waiting, deque()
-        _fail(waiting, InferenceError("the model keeps failing"))
+            waiting = self.scheduler.take_waiting()
+        fail(waiting, InferenceError("the model keeps failing"))
         self.runner.probe()
         self.num_failed_steps = 0
         logger.info("the model answers again")
 
     def _leave(self) -> None:
         """Lets the model go. Under the lock."""
-        waiting, before_id = self.scheduler.waiting, self._unload_before_id
         # Requests older than the unload would wait for ever: fail them.
-        older = [seq for seq in waiting if seq.request.id < before_id]
-        _fail(older, InferenceError("the model keeps failing"))
-        self.scheduler.waiting = deque(seq for seq in waiting if seq.request.id >= before_id)
+        older = self.scheduler.take_waiting(self._unload_before_id)
+        fail(older, InferenceError("the model keeps failing"))
         self._runner, self.num_failed_steps = None, 0
         self._unloaded.set()
 
     def _end(self) -> None:
-        _fail([*self.scheduler.running, *self.scheduler.waiting], EngineStoppedError())
-        self.scheduler.running, self.scheduler.waiting = [], deque()
+        fail([*self.scheduler.running, *self.scheduler.take_waiting()], EngineStoppedError())
+        self.scheduler.running = []
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -435,22 +408,3 @@ def _begin_stats(admitted: list[Sequence], num_decode: int) -> StepStats:
         num_prompt_tokens=num_prompt_tokens,
         queue_seconds=queue_seconds,
     )
-
-
-def _fail(seqs: Iterable[Sequence], error: EngineError) -> None:
-    """Tells the clients of these sequences what ended them."""
-    for request in {seq.request.id: seq.request for seq in seqs}.values():
-        request.is_aborted = True
-        _call_soon(request.loop, request.deltas.put_nowait, error)
-
-
-def _call_soon(
-    loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *args: Any
-) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear
-        loop.call_soon_threadsafe(callback, *args)
-
-
-def _deliver(outputs: list[tuple[EngineRequest, Delta]]) -> None:
-    for request, delta in outputs:
-        request.deltas.put_nowait(delta)

@@ -11,10 +11,10 @@ from engine.cache import KVCache
 
 
 def gpt2_forward(model: GPT2LMHeadModel) -> Callable[..., CausalLMOutput]:
-    """A function that computes what GPT2LMHeadModel.forward does here, to the last bit.
+    """A function that computes what GPT2LMHeadModel.forward computes here, to the last bit.
 
-    Without what transformers' own does for training, beams and cross-attention, and without the
-    call of a module around each product: on two cores they take a tenth of a step of eight rows.
+    It leaves out what transformers' own does for training, beams and cross-attention, and calls
+    no module around each product: on two cores that is a tenth of a step of eight rows.
     """
     body, head = model.transformer, model.lm_head.forward
     heads, head_dim = body.h[0].attn.num_heads, body.h[0].attn.head_dim

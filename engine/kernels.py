@@ -109,7 +109,7 @@ def int8_kernels() -> list[Kernel]:
         def pack(weight: Tensor, bias: Tensor | None, gelu: bool) -> nn.Module:
             return Int8Linear(weight, bias, backend, seven_bits)
 
-        return Kernel(f"int8 {backend}" + ", 7-bit inputs" * seven_bits, pack)
+        return Kernel(f"int8 {backend}, 7-bit inputs" if seven_bits else f"int8 {backend}", pack)
 
     return [
         kernel(backend, seven_bits)

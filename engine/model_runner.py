@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from engine.batch import ForwardBatch
 from engine.cache import KVCache
 from engine.kernels import Kernel
+from engine.processor import instruction_set
 from engine.request import EngineRequest, Sequence
 from engine.sampler import collect_logprobs
 from engine.scheduler import SHORT_PROMPT_TOKENS
@@ -47,13 +48,19 @@ class ModelRunner:
         max_model_len: int,
         kernel: Kernel,
     ):
-        model.eval().set_attn_implementation("slots")
+        model.eval().set_attn_implementation("engine_cache")
         self.uses_huge_pages = prepare_weights(model, kernel)
-        self.model = model
+        self.model, self.kernel = model, kernel
         self.max_num_seqs = max_num_seqs
         self.cache = KVCache(model, max_num_seqs, max_model_len)
         # The fewest and most rows of a pass, until they are measured.
         self.min_rows, self.max_rows = 1, max_num_seqs + SHORT_PROMPT_TOKENS
+
+    @property
+    def description(self) -> str:
+        """How the model is computed: for the log."""
+        pages = "2 MiB pages" if self.uses_huge_pages else "ordinary pages"
+        return f"{self.model.dtype}, {self.kernel.name}, {instruction_set()}, {pages}"
 
     def forward(self, running: list[Sequence], num_admitted: int) -> Tensor:
         """Logits (num_running, vocab) float32 of the next token of every running sequence.
@@ -123,7 +130,7 @@ class ModelRunner:
             batch.add_prompt([0] * missing, self.cache.padding_row)
         num_wanted = len(batch.logit_rows)
         logit_rows = batch.logit_rows + batch.logit_rows[-1:] * (self.min_rows - num_wanted)
-        self.cache.begin(batch)
+        self.cache.begin_pass(batch)
         output = self.model(
             input_ids=torch.tensor([batch.token_ids], device=self.model.device),
             position_ids=self.cache.positions[None],

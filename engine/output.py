@@ -7,8 +7,8 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.request import Delta, FinishReason, Sequence, TextFilter
 
-CONTEXT_TOKENS = 32  # of the prompt: what the decoder needs to know before the first token
-MAX_ROLLBACKS = 8  # of a sequence, and one more for each token that it has
+CONTEXT_TOKENS = 32  # so many of the prompt's last tokens tell the decoder how to begin
+MAX_ROLLBACKS = 8  # that a sequence may have, and one more for each of its tokens
 
 
 class OutputProcessor:

@@ -7,10 +7,11 @@ hands out what they gain as `Delta`s.
 import asyncio
 import enum
 import itertools
+import random
 import time
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -71,6 +72,19 @@ class SamplingParams:
             or self.min_tokens
         )
 
+    def fitted(self, num_prompt_tokens: int, max_model_len: int) -> "SamplingParams":
+        """With no more new tokens than fit into the context after the prompt.
+
+        Raises ValueError for a prompt that is empty, or leaves no room for a token.
+        """
+        most_tokens = max_model_len - (self.max_new_tokens > 0)
+        if not 0 < num_prompt_tokens <= most_tokens:
+            raise ValueError(f"a prompt has 1 to {most_tokens} tokens")
+        room_tokens = max_model_len - num_prompt_tokens
+        if self.max_new_tokens <= room_tokens:
+            return self
+        return replace(self, max_new_tokens=room_tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class PositionLogprobs:
@@ -101,8 +115,8 @@ class StepStats:
     """
 
     num_rows: int  # tokens that went through the model
-    num_prompt_tokens: int  # of these
-    queue_seconds: list[float]  # of requests that left the queue
+    num_prompt_tokens: int  # how many of them were prompt tokens
+    queue_seconds: list[float]  # how long each request waited that left the queue
     time_to_first_token_seconds: list[float] = field(default_factory=list)
     inter_token_seconds: list[float] = field(default_factory=list)
     finished: list[tuple[FinishReason, float]] = field(default_factory=list)
@@ -146,14 +160,14 @@ class EngineRequest:
         self.prompt_token_ids = prompt_token_ids
         self.params = params
         self.prompt_text = prompt_text  # a forbidden word may begin in it
-        self.num_safe_characters = num_safe_characters  # of it: in these it cannot
-        self.streams = streams  # else the only delta of a sequence is its last
+        self.num_safe_characters = num_safe_characters  # at its beginning, where none can begin
+        self.streams = streams  # False: each sequence has one delta, its last
         self.is_aborted = False
         self.arrived_seconds = time.monotonic()
         self.queue_seconds: float | None = None  # how long it waited; None while it does
         self.num_generated_tokens = 0  # by all its sequences, without what was rolled back
-        self.finish_reasons: set[FinishReason] = set()  # of its sequences that have finished
-        # Of each prompt token but the first; set ahead of the first delta, if asked for.
+        self.finish_reasons: set[FinishReason] = set()  # those of its sequences that have finished
+        # Those of each prompt token but the first. If asked for, they are here before any delta.
         self.prompt_logprobs: list[PositionLogprobs] | None = None
         self.loop = loop
         self.num_sequences = num_sequences
@@ -163,6 +177,11 @@ class EngineRequest:
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.prompt_token_ids)
+
+    def new_sequences(self) -> "list[Sequence]":
+        """The sequences to draw from the prompt, each with a random stream of its own."""
+        seed = random.getrandbits(63) if self.params.seed is None else self.params.seed
+        return [Sequence(self, index, seed) for index in range(self.num_sequences)]
 
 
 class Sequence:
@@ -179,7 +198,7 @@ class Sequence:
         self.text = ""  # what the output tokens decode to, stop string left out
         self.text_ends: list[int] = []  # len(text) after each output token
         self.num_released_tokens = 0  # of the output, already handed to the client
-        # Of prompt and text: no forbidden word can begin before.
+        # So many characters of prompt and text are past the filter: no word begins in them.
         self.num_safe_characters = request.num_safe_characters
         self.banned: dict[int, list[int]] = {}  # output position -> token ids rolled back there
         self.num_rollbacks = 0

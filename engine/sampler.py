@@ -10,8 +10,10 @@ from torch import Tensor
 
 from engine.request import PositionLogprobs, Sequence
 
-GREEDY, ALL = 0, -1  # in place of a number of candidates
-BLOCK_TOKENS = 256  # of the vocabulary, from which one token is drawn in the end
+# How many candidates a row needs; these two stand for none and for all.
+GREEDY, ALL = 0, -1
+# Drawing from the whole vocabulary draws a block of so many tokens first, then one of the block.
+BLOCK_TOKENS = 256
 
 
 def sample_tokens(
@@ -22,7 +24,7 @@ def sample_tokens(
     Sequences that want log probabilities get those of their token too.
     """
     wanting = [row for row, seq in enumerate(seqs) if seq.params.num_logprobs is not None]
-    raw = logits[wanting] if wanting else logits[:0]  # a copy: edits come next
+    raw = logits[wanting] if wanting else logits[:0]  # a copy, since the edits change logits
     edit_logits(logits, seqs, eos_token_ids)
     token_ids = sample(logits, seqs)
     for row, row_logits in zip(wanting, raw, strict=True):
@@ -47,7 +49,7 @@ def edit_logits(logits: Tensor, seqs: SequenceOf[Sequence], eos_token_ids: Itera
             logits[row, ids] = torch.where(seen > 0, seen / penalty, seen * penalty)
         if output and (params.presence_penalty or params.frequency_penalty):
             ids, counts = torch.tensor(output).unique(return_counts=True)
-            # With a dtype, always: loading a model in another thread changes the default one.
+            # Name the dtype: while another thread loads a model, torch's default one changes.
             penalties = params.presence_penalty + params.frequency_penalty * counts.to(logits)
             logits[row, ids] -= penalties
         if params.logit_bias:
@@ -86,7 +88,8 @@ def sample(logits: Tensor, seqs: SequenceOf[Sequence]) -> list[int]:
             picked = part.argmax(dim=-1).tolist()
         elif width == ALL:
             picked = []
-            for at in range(0, len(rows), 8):  # what is larger gets new memory in every step
+            # Eight rows at a time: larger tensors would get new memory in every step.
+            for at in range(0, len(rows), 8):
                 few = slice(at, at + 8)
                 picked += _draw_of_all(part[few], chosen[few], draws[few])
         else:
@@ -104,7 +107,8 @@ def _column(values: Iterable[float], device: torch.device) -> Tensor:
 def _weights(logits: Tensor, seqs: SequenceOf[Sequence]) -> Tensor:
     """What each token weighs, (B, vocab) float32; the likeliest 1."""
     temperatures = _column((seq.params.temperature for seq in seqs), logits.device).float()
-    temperatures.clamp_(min=torch.finfo(torch.float32).tiny)  # what rounds to 0 divides nothing
+    # A temperature that float32 rounds to 0 must not divide 0 by 0.
+    temperatures.clamp_(min=torch.finfo(torch.float32).tiny)
     return (logits - logits.amax(dim=-1, keepdim=True)).div_(temperatures).exp_()
 
 
@@ -116,7 +120,7 @@ def _keep_likeliest(weights: Tensor, amounts: Tensor, limit: float) -> None:
     to be sorted further. That takes a tenth of the time of sorting everything.
     """
     buckets = weights.view(torch.int32) >> 16
-    sums = buckets.bincount(amounts.double()).flip(0).cumsum(0)  # from the likeliest on
+    sums = buckets.bincount(amounts.double()).flip(0).cumsum(0)  # the likeliest bucket first
     at = min(int(torch.searchsorted(sums, limit)), len(sums) - 1)
     bucket = len(sums) - 1 - at
     last = (buckets == bucket).nonzero()[:, 0]
@@ -145,7 +149,8 @@ def _draw_of_all(logits: Tensor, seqs: SequenceOf[Sequence], draws: SequenceOf[f
     targets -= F.pad(ends, (1, 0)).gather(1, drawn)
     inside = blocks[torch.arange(len(seqs), device=drawn.device), drawn[:, 0]]
     inside = inside.cumsum(dim=-1, dtype=torch.float64)
-    last = torch.searchsorted(inside, inside.amax(dim=-1, keepdim=True))  # that weighs something
+    # The last token of the block that weighs something: rounding must not draw one beyond it.
+    last = torch.searchsorted(inside, inside.amax(dim=-1, keepdim=True))
     token = torch.searchsorted(inside, targets, right=True).minimum(last)
     return (drawn * BLOCK_TOKENS + token)[:, 0].tolist()
 
@@ -164,7 +169,7 @@ def _draw_of_likeliest(
     cumulative = weights.cumsum(dim=-1)
     total, is_cut = cumulative[:, -1:], []
     if 64 < width < vocab_size:
-        # top_p is a share of the top_k tokens, or of all: more than were looked at?
+        # top_p is a share of the top_k tokens, or of all: that may be more than were looked at.
         everything = _weights(logits, seqs).sum(dim=-1, dtype=torch.float64, keepdim=True)
         total = torch.where(top_k > width, everything, total)
         is_cut = (cumulative[:, -1:] < top_p * total).nonzero()[:, 0].tolist()
@@ -173,7 +178,7 @@ def _draw_of_likeliest(
     cumulative = weights.cumsum(dim=-1)
     targets = _column(draws, device) * cumulative[:, -1:]
     picked = ids.gather(1, torch.searchsorted(cumulative, targets, right=True))[:, 0].tolist()
-    for row in is_cut:  # a flat distribution
+    for row in is_cut:  # its distribution is flat
         (picked[row],) = _draw_of_all(logits[row : row + 1], [seqs[row]], [draws[row]])
     return picked
 
@@ -183,7 +188,7 @@ def collect_logprobs(
 ) -> list[PositionLogprobs]:
     """Of token_ids[i] and the `num_top` likeliest tokens, at each row of logits (B, vocab)."""
     collected = []
-    for row, token_id in zip(logits, token_ids, strict=True):  # one at a time: B may be large
+    for row, token_id in zip(logits, token_ids, strict=True):  # in turn: B may be large
         logprobs = torch.log_softmax(row.float(), dim=-1)
         values, ids = logprobs.topk(num_top)
         top = list(zip(ids.tolist(), values.tolist(), strict=True))

@@ -63,6 +63,17 @@ class Scheduler:
             admitted.append(seq)
         return admitted
 
+    def take_waiting(self, before_id: float = math.inf) -> list[Sequence]:
+        """Takes those of requests with lower ids out of the queue, and returns them."""
+        taken = [seq for seq in self.waiting if seq.request.id < before_id]
+        self.waiting = deque(seq for seq in self.waiting if seq.request.id >= before_id)
+        return taken
+
+    def drop_aborted(self) -> None:
+        """Takes those out of the queue whose client has gone."""
+        if any(seq.request.is_aborted for seq in self.waiting):
+            self.waiting = deque(seq for seq in self.waiting if not seq.request.is_aborted)
+
     def finish(self, seq: Sequence) -> tuple[int, int] | None:
         """Frees the sequence's row; (from, to) when the last row must move into it."""
         row = self.running.index(seq)

@@ -20,7 +20,8 @@ from engine.kernels import Kernel, OutputLinear, PackedLinear
 
 HUGE_PAGE_BYTES = 2 << 20
 MAX_GAP_BYTES = 64 << 10  # weights that lie closer together count as one piece of memory
-MADV_COLLAPSE = 25  # at once, not some time: Linux 6.1; `mmap` does not have it yet
+# Makes huge pages at once instead of some time (Linux 6.1); Python's `mmap` does not name it yet.
+MADV_COLLAPSE = 25
 
 
 def prepare_weights(model: PreTrainedModel, kernel: Kernel) -> bool:
@@ -57,7 +58,7 @@ def pack_layers(model: PreTrainedModel, kernel: Kernel) -> None:
         if isinstance(module, GPT2MLP) and module.act.__class__ in (
             ACT2FN["gelu_new"].__class__,
             ACT2FN["gelu_pytorch_tanh"].__class__,
-        ):  # two spellings of one function, which oneDNN fuses into the product before it
+        ):  # these two are one function, which oneDNN fuses into the product before it
             module.act = nn.Identity() if kernel.fuses_gelu else nn.GELU(approximate="tanh")
             module.c_fc = pack(module.c_fc, gelu=kernel.fuses_gelu)
         for name, child in module.named_children():
@@ -73,11 +74,11 @@ def move_to_huge_pages(packed: Iterable[Tensor]) -> bool:
     bit.
     """
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
-    if advice is None:  # not Linux, where the same numbers may mean something else
+    if advice is None:  # this is not Linux, and the numbers may mean something else
         return False
     try:
         spans, madvise = memory_spans(packed), ctypes.CDLL(None).madvise
-    except (AttributeError, OSError, RuntimeError):  # an older torch, another C library
+    except (AttributeError, OSError, RuntimeError):  # torch or the C library is another one
         return False
     num_moved = 0
     for start, end in spans:
@@ -85,7 +86,7 @@ def move_to_huge_pages(packed: Iterable[Tensor]) -> bool:
         if first < last:
             address = ctypes.c_void_p(first * HUGE_PAGE_BYTES)
             num_bytes = ctypes.c_size_t((last - first) * HUGE_PAGE_BYTES)
-            madvise(address, num_bytes, advice)  # where it fails, all stays as it was
+            madvise(address, num_bytes, advice)  # where this fails, all stays as it was
             num_moved += madvise(address, num_bytes, MADV_COLLAPSE) == 0
     return num_moved > 0
 

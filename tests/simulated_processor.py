@@ -30,6 +30,7 @@ if arguments.without_onednn:
 import main
 from engine import Delta, Engine, SamplingParams, instruction_set
 from engine.kernels import Kernel
+from serving.model_sources import BUNDLED_MODEL
 
 SEEDED = {"prompt": "A fox", "seed": 1, "max_new_tokens": 20}
 GREEDY = {  # prompt: new tokens; they run together, and leave one after another
@@ -94,10 +95,10 @@ def adversarial_sum(kernel: Kernel) -> float:
 
 
 def load() -> Any:
-    return AutoModelForCausalLM.from_pretrained(main.BUNDLED_MODEL, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(BUNDLED_MODEL, dtype=torch.float32)
 
 
-served = main.local_engine(main.default_model_name)
+served = main.engine
 float32_engine = Engine(load(), served.tokenizer, num_threads=1)
 alone, together = greedy_deltas(float32_engine)
 about = {

@@ -1,0 +1,291 @@
+"""What a route knows of a served model, whether it runs here or on another server.
+
+A `Backend` is asked for text and gives a `Generation`, whose deltas are the text as it is made.
+It raises errors of the domain, never HTTP ones:
+
+EngineError (engine)
+ +- QueueFullError, InferenceError, EngineStoppedError (engine)
+ +- BackendError
+     +- ForbiddenPrompt    the content filter found a forbidden word. Recoverable.
+     +- InvalidField       a field cannot be had, for this model or this prompt. Recoverable.
+     +- ContextExceeded    the prompt leaves no room for the text. Recoverable.
+     +- NoChatTemplate     the model takes no conversation. Unrecoverable.
+     +- Refused            the other server does not take the request as it is. Recoverable.
+     +- Unreachable        no connection could be made; nothing was sent. Recoverable.
+     +- Busy               the other server takes no more requests for now. Recoverable.
+     +- DeadlineExceeded   the request took too long. Recoverable.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import models
+from engine import Engine, EngineError, FinishReason, TextFilter
+
+
+class BackendError(EngineError):
+    """Base of what a backend raises besides its engine's errors."""
+
+
+class ForbiddenPrompt(BackendError):
+    """A prompt holds a forbidden word; nothing was generated."""
+
+    def __init__(self, field: str):
+        super().__init__(field)
+        self.field = field  # that holds it: `prompt` or `messages`
+
+
+class InvalidField(BackendError):
+    """A field has a value that cannot be had; `reason` says why, without repeating the value."""
+
+    def __init__(self, field: str, reason: str):
+        super().__init__(f"{field}: {reason}")
+        self.field, self.reason = field, reason
+
+
+class ContextExceeded(BackendError):
+    """Prompt and text together are longer than the model's context."""
+
+    def __init__(self, num_prompt_tokens: int, num_new_tokens: int, context_tokens: int):
+        super().__init__()
+        self.num_prompt_tokens = num_prompt_tokens
+        self.num_new_tokens = num_new_tokens
+        self.context_tokens = context_tokens
+
+
+class NoChatTemplate(BackendError):
+    """The model has no chat template."""
+
+    def __init__(self, model_name: str):
+        super().__init__()
+        self.model_name = model_name
+
+
+class Refused(BackendError):
+    """The other server does not take this request as it is."""
+
+    def __init__(self, code: str | None):
+        super().__init__()
+        self.code = code  # OpenAI's `context_length_exceeded` or `content_filter`, else None
+
+
+class Unreachable(BackendError):
+    """No connection could be made; nothing was sent."""
+
+
+class Busy(BackendError):
+    """The other server takes no more requests for now."""
+
+    def __init__(self, retry_after_seconds: int):
+        super().__init__()
+        self.retry_after_seconds = retry_after_seconds
+
+
+class DeadlineExceeded(BackendError):
+    """The request took longer than it may."""
+
+    def __init__(self, seconds: float):
+        super().__init__()
+        self.seconds = seconds
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """What one choice has gained: whole characters, filtered."""
+
+    index: int  # of the choice
+    text: str  # the first one of a choice begins with the prompt, where an echo was asked for
+    logprobs: dict[str, Any] | None  # models.CompletionLogprobs or ChatLogprobs, if asked for
+    token_logprobs: list[float]  # of its tokens, if asked for
+    finish_reason: FinishReason | None  # set in the last delta of the choice
+
+
+class Generation(ABC):
+    """The texts that a backend makes for one request: its choices, numbered from 0."""
+
+    model_name: str
+
+    @property
+    @abstractmethod
+    def num_prompt_tokens(self) -> int:
+        """Of all prompts; 0 while it is not known."""
+
+    @property
+    @abstractmethod
+    def num_generated_tokens(self) -> int:
+        """By all choices until now, whether or not the client has got them."""
+
+    @property
+    @abstractmethod
+    def num_completion_tokens(self) -> int:
+        """Of the deltas until now: what a client is told."""
+
+    @property
+    @abstractmethod
+    def queue_seconds(self) -> float | None:
+        """The longest wait in the queue; None while all wait, or where there is no queue."""
+
+    @property
+    @abstractmethod
+    def finish_reasons(self) -> set[FinishReason]:
+        """Of the choices that have finished."""
+
+    @abstractmethod
+    def deltas(self) -> AsyncGenerator[TextDelta]:
+        """What each choice gains, as it is made; of one that does not stream, all at its end.
+
+        Raises what ended the request: InferenceError, EngineStoppedError or DeadlineExceeded.
+        However the loop over it ends, what has not finished is aborted.
+        """
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Frees the places of what has not finished."""
+
+    async def complete(self) -> list[TextDelta]:
+        """Every choice of a request that does not stream as one delta, in order.
+
+        Raises as `deltas` does."""
+        async with aclosing(self.deltas()) as deltas:
+            whole = {delta.index: delta async for delta in deltas}
+        return [whole[index] for index in sorted(whole)]
+
+
+class About(NamedTuple):
+    """How a model is computed; the labels of its `model_info`."""
+
+    dtype: str
+    device: str
+    kernel: str
+    instruction_set: str
+
+
+class Backend(ABC):
+    """One served model.
+
+    `submit_…` admit a request: they return once it is queued here, or once another server has
+    begun to answer it. All of them raise ForbiddenPrompt, InvalidField, QueueFullError,
+    EngineStoppedError; one of another server Refused, Unreachable, Busy, InferenceError and
+    DeadlineExceeded too.
+    """
+
+    name: str
+    owned_by: str  # as OpenAI's list of models has it
+    # The pipeline and the engine of a model that runs here, else None.
+    generator: Any = None
+    engine: Engine | None = None
+    about: About
+    request_timeout_seconds: float
+
+    @property
+    @abstractmethod
+    def max_model_len(self) -> int | None:
+        """Tokens of prompt and text together; None where it is not known."""
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int | None:
+        """Tokens that there are; None where it is not known."""
+
+    @property
+    @abstractmethod
+    def max_num_seqs(self) -> int | None:
+        """Sequences that can run at once; None where it is not known."""
+
+    @property
+    @abstractmethod
+    def num_running(self) -> int:
+        """Sequences being generated."""
+
+    @property
+    @abstractmethod
+    def num_waiting(self) -> int:
+        """Sequences in the queue."""
+
+    @property
+    @abstractmethod
+    def is_healthy(self) -> bool:
+        """False while the model keeps failing, or its server cannot be reached."""
+
+    @property
+    @abstractmethod
+    def is_loaded(self) -> bool:
+        """Whether the model is in this process's memory."""
+
+    @property
+    @abstractmethod
+    def is_reachable(self) -> bool:
+        """False while another server that the model is on cannot be reached."""
+
+    @property
+    @abstractmethod
+    def problem(self) -> str | None:
+        """What keeps the service from taking requests for this model, else None."""
+
+    @abstractmethod
+    async def submit_text(
+        self,
+        prompt: str,
+        params: models.TextFields,
+        *,
+        num_sequences: int = 1,
+        streams: bool = False,
+        is_chat: bool = False,
+    ) -> Generation:
+        """Continuations of one prompt; is_chat: as an answer to it, if the model has a template."""
+
+    @abstractmethod
+    async def submit_completion(self, body: models.CompletionRequest) -> Generation:
+        """The choices of `/v1/completions`. Raises ContextExceeded too."""
+
+    @abstractmethod
+    async def submit_chat(self, body: models.ChatCompletionRequest) -> Generation:
+        """The choices of `/v1/chat/completions`. Raises ContextExceeded, NoChatTemplate too."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Takes requests, again after `stop`. To be called on the event loop."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Refuses requests from here on; ends what it held with EngineStoppedError.
+
+        Blocks, so it is not to be called on the event loop."""
+
+
+def new_token_budget(
+    params: models.LengthFields, num_prompt_tokens: int, context_tokens: int
+) -> int:
+    """How many tokens to generate. Raises InvalidField when there is no room."""
+    if num_prompt_tokens >= context_tokens:
+        reason = f"The prompt has {num_prompt_tokens} tokens; the model takes {context_tokens - 1}"
+        raise InvalidField("prompt", reason)
+    if params.max_new_tokens is not None:
+        budget = params.max_new_tokens
+    elif "max_length" in params.model_fields_set:
+        budget = params.max_length - num_prompt_tokens
+        if budget < 1:
+            reason = (
+                f"max_length is {params.max_length} tokens, which the prompt's "
+                f"{num_prompt_tokens} tokens already fill"
+            )
+            raise InvalidField("max_length", reason)
+    else:
+        # Nobody asked for a length: the default is counted after the prompt.
+        budget = params.max_length
+    return min(budget, context_tokens - num_prompt_tokens)
+
+
+def listed_prompts(body: models.CompletionRequest, max_prompts: int) -> list[str | list[int]]:
+    """Each prompt, as a text or as token ids. Raises InvalidField for too many."""
+    if len(body.prompts) > max_prompts:
+        raise InvalidField("prompt", f"at most {max_prompts} in one request")
+    return body.prompts
+
+
+def holds_forbidden_word(content_filter: TextFilter, *texts: str) -> bool:
+    """Whether one of the texts holds a forbidden word."""
+    return any(content_filter.scan(text, 0, True)[0] for text in texts)

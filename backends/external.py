@@ -1,0 +1,537 @@
+"""A model on another server that speaks OpenAI's protocol.
+
+    routes                                     the other server
+    await backend.submit_…(…)               -> POST {url}/{route}, always as a stream
+    generation.deltas()                     <- an event a chunk, filtered here
+    generation.abort()                      -> the connection is closed, which ends it there
+
+Everything runs on the event loop. One task owns the connection of each open request, and
+cancelling the task closes it: so a client that leaves, a deadline and a shutdown are one path.
+"""
+
+import asyncio
+import logging
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import httpx
+
+import models
+from backends.base import (
+    About,
+    Backend,
+    DeadlineExceeded,
+    ForbiddenPrompt,
+    Generation,
+    InvalidField,
+    TextDelta,
+    holds_forbidden_word,
+    listed_prompts,
+    new_token_budget,
+)
+from backends.upstream import (
+    BrokenStream,
+    Logprobs,
+    Route,
+    Upstream,
+    UpstreamChoice,
+    UpstreamUsage,
+    merge_logprobs,
+    parse_chunk,
+    read_events,
+)
+from engine import (
+    EngineError,
+    EngineStoppedError,
+    FinishReason,
+    InferenceError,
+    QueueFullError,
+    StepStats,
+    TextFilter,
+)
+
+logger = logging.getLogger("external")
+
+TAIL_SECONDS = 1.0  # what follows the last text gets this long: the usage, the stream's end
+FILTER_TAIL_CHARACTERS = 1000  # a forbidden word may begin in the last so many of a prompt
+LOOK_BACK_CHARACTERS = 200  # the filter looks at so many before a word, for letters
+# Fields of the client's body that the other server gets in another form, or not at all.
+OUR_FIELDS = {"model", "stream", "stream_options", "best_of"}
+
+
+class HeldText:
+    """The text of one choice, held back while a forbidden word may have begun in it.
+
+    Chunks are held back whole, so that log probabilities are withheld with the text that they
+    spell. Over HTTP nothing can be rolled back: a forbidden word ends the choice.
+    """
+
+    def __init__(self, text_filter: TextFilter | None, prompt_text: str, streams: bool):
+        self.text_filter = text_filter
+        self.streams = streams
+        # What the filter still has to see; a forbidden word may begin in the prompt.
+        self.window = prompt_text[-FILTER_TAIL_CHARACTERS - LOOK_BACK_CHARACTERS :]
+        self.num_safe = max(0, len(self.window) - FILTER_TAIL_CHARACTERS)  # of the window
+        self.held: deque[tuple[str, Logprobs | None]] = deque()  # chunks, at the window's end
+        self.num_held = 0  # characters of them
+        self.text = ""  # passed, and not given out yet
+        self.logprobs: list[Logprobs] = []
+        self.finish_reason: FinishReason | None = None
+        self.is_cut = False  # by a forbidden word, whatever the other server still sends
+        self.last_chunk_seconds: float | None = None
+
+    def add(
+        self, text: str, logprobs: Logprobs | None, finish_reason: FinishReason | None
+    ) -> tuple[str, Logprobs | None] | None:
+        """What the client gains by a chunk, if it is to be told."""
+        self.held.append((text, logprobs))
+        self.num_held += len(text)
+        self.window += text
+        self.finish_reason = finish_reason
+        self._release(self._num_passed(is_last=finish_reason is not None))
+        if not self.finish_reason and not (self.streams and self.text):
+            return None  # a chunk without text goes out with the next text
+        gained = self.text, merge_logprobs(self.logprobs)
+        self.text, self.logprobs = "", []
+        return gained
+
+    def _num_passed(self, is_last: bool) -> int:
+        """How many characters of the held chunks may go out; below 0: none, nor an empty chunk."""
+        if not self.text_filter:
+            self.window = ""
+            return self.num_held
+        hit, self.num_safe = self.text_filter.scan(self.window, self.num_safe, final=is_last)
+        num_passed = (hit[0] if hit else self.num_safe) - (len(self.window) - self.num_held)
+        if hit:
+            self.is_cut, self.finish_reason = True, "content_filter"
+        return num_passed
+
+    def _release(self, num_passed: int) -> None:
+        while self.held and len(self.held[0][0]) <= num_passed:
+            text, logprobs = self.held.popleft()
+            num_passed -= len(text)
+            self.num_held -= len(text)
+            self.text += text
+            if logprobs:
+                self.logprobs.append(logprobs)
+        if self.is_cut and self.held:
+            self.text += self.held[0][0][: max(0, num_passed)]
+        num_seen = min(self.num_safe, len(self.window) - self.num_held) - LOOK_BACK_CHARACTERS
+        if num_seen > 0:
+            self.window = self.window[num_seen:]
+            self.num_safe -= num_seen
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """When a request has taken too long."""
+
+    arrived_seconds: float  # on time.monotonic
+    timeout_seconds: float
+
+    @property
+    def left_seconds(self) -> float:
+        return self.arrived_seconds + self.timeout_seconds - time.monotonic()
+
+
+class ExternalGeneration(Generation):
+    """The choices of one request to another server.
+
+    Tokens are counted there: until its usage has come, each chunk with text counts as one, and
+    the prompt's are not known.
+    """
+
+    def __init__(self, model_name: str, choices: list[HeldText], deadline: Deadline):
+        self.model_name = model_name
+        self.choices = choices
+        self.deadline = deadline
+        self.usage: UpstreamUsage | None = None
+        self.num_chunks = 0  # with text
+        self.has_begun = False  # to be answered, with status 200
+        self.is_answered = asyncio.Event()  # with whatever
+        self.gained: asyncio.Queue[TextDelta | Exception] = asyncio.Queue()
+        self.task: asyncio.Task[None] | None = None  # which owns the connection
+        self._finish_reasons: set[FinishReason] = set()
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return self.usage.prompt_tokens if self.usage else 0
+
+    @property
+    def num_generated_tokens(self) -> int:
+        return self.usage.completion_tokens if self.usage else self.num_chunks
+
+    @property
+    def num_completion_tokens(self) -> int:
+        return self.num_generated_tokens
+
+    @property
+    def queue_seconds(self) -> float | None:
+        return None
+
+    @property
+    def finish_reasons(self) -> set[FinishReason]:
+        return self._finish_reasons
+
+    @property
+    def is_finished(self) -> bool:
+        return all(choice.finish_reason for choice in self.choices)
+
+    async def deltas(self) -> AsyncGenerator[TextDelta]:
+        assert self.task
+        expired = DeadlineExceeded(self.deadline.timeout_seconds)
+        timer = asyncio.get_running_loop().call_later(
+            self.deadline.left_seconds, self.gained.put_nowait, expired
+        )
+        try:
+            num_unfinished = len(self.choices)
+            while num_unfinished:
+                delta = await self.gained.get()
+                if isinstance(delta, Exception):
+                    raise delta
+                if delta.finish_reason:
+                    num_unfinished -= 1
+                yield delta
+            # The answer is whole; its usage may follow, and the end, after which the
+            # connection can serve another request.
+            await asyncio.wait({self.task}, timeout=TAIL_SECONDS)
+        finally:
+            timer.cancel()
+            self.abort()
+
+    def abort(self) -> None:
+        if self.task:
+            self.task.cancel()
+
+
+class ExternalBackend(Backend):
+    """Sends requests to one model of another server.
+
+    content_filter: what prompts must not hold; text_filter: what generated text must not, None
+    lets everything pass. max_prompts: in one request. request_id: called for the id of the
+    request under way, which the other server is told. on_step: called for each chunk.
+    """
+
+    num_waiting = 0  # in a queue, if at all, there
+    is_loaded = False
+    max_num_seqs = None
+    vocab_size = None
+    owned_by = "external"
+    about = About("external", "external", "external", "external")
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        *,
+        content_filter: TextFilter,
+        text_filter: TextFilter | None,
+        request_timeout_seconds: float,
+        max_prompts: int = 256,
+        request_id: Callable[[], str] = lambda: "-",
+        on_step: Callable[[StepStats], None] | None = None,
+        log_prompts: Callable[[str | list[str]], None] | None = None,
+    ):
+        self.name = upstream.name
+        self.upstream = upstream
+        self.content_filter = content_filter
+        self.text_filter = text_filter
+        self.request_timeout_seconds = request_timeout_seconds
+        self.max_prompts = max_prompts
+        self.request_id = request_id
+        self.on_step = on_step or (lambda stats: None)
+        self.log_prompts = log_prompts or (lambda prompts: None)
+        self._is_stopping = False
+        self._generations: set[ExternalGeneration] = set()
+        self._is_forbidden = lru_cache(1 << 14)(
+            lambda text: bool(self.text_filter and self.text_filter.scan(text, 0, True)[0])
+        )
+
+    @property
+    def max_model_len(self) -> int | None:
+        return self.upstream.max_model_len
+
+    @property
+    def num_running(self) -> int:
+        return sum(len(generation.choices) for generation in self._generations)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a request submitted now would be refused."""
+        return len(self._generations) >= self.upstream.max_num_requests
+
+    @property
+    def is_healthy(self) -> bool:
+        return self.upstream.is_reachable and not self._is_stopping
+
+    @property
+    def is_reachable(self) -> bool:
+        return self.is_healthy
+
+    @property
+    def problem(self) -> str | None:
+        return f"the queue of {self.name} is full" if self.is_full else None
+
+    def start(self) -> None:
+        self._is_stopping = False
+        self.upstream.start()
+
+    def stop(self) -> None:
+        self._is_stopping = True
+        for loop in self.upstream.running_loops:
+            asyncio.run_coroutine_threadsafe(self._close(), loop).result()
+
+    async def _close(self) -> None:
+        loop = asyncio.get_running_loop()
+        tasks = [generation.task for generation in self._generations if generation.task]
+        tasks = [task for task in tasks if task.get_loop() is loop]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.upstream.close()
+
+    async def submit_text(
+        self,
+        prompt: str,
+        params: models.TextFields,
+        *,
+        num_sequences: int = 1,
+        streams: bool = False,
+        is_chat: bool = False,
+    ) -> Generation:
+        self.log_prompts(prompt)
+        deadline = self._new_deadline()
+        if holds_forbidden_word(self.content_filter, prompt):
+            raise ForbiddenPrompt("prompt")
+        context_tokens = self.max_model_len or sys.maxsize
+        num_new_tokens = params.max_new_tokens or params.max_length
+        num_prompt_tokens = 0  # while it makes no difference: to count them costs a request
+        counts_prompt = params.max_new_tokens is None and "max_length" in params.model_fields_set
+        # A token is a byte or more, but for the one that some models begin with.
+        if counts_prompt or len(prompt.encode()) + 1 + num_new_tokens > context_tokens:
+            num_prompt_tokens = await self._count_prompt_tokens(prompt, deadline)
+        sent = {
+            "prompt": prompt,
+            "max_tokens": new_token_budget(params, num_prompt_tokens, context_tokens),
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "n": num_sequences,
+        }
+        if params.seed is not None:
+            sent["seed"] = params.seed
+        if params.stop:
+            sent["stop"] = params.stop
+        if "top_k" in params.model_fields_set:  # no field of OpenAI's own
+            sent["top_k"] = params.top_k
+        held = [HeldText(self.text_filter, prompt, streams) for _ in range(num_sequences)]
+        return await self._submit("completions", sent, held, deadline)
+
+    async def submit_completion(self, body: models.CompletionRequest) -> Generation:
+        prompts = listed_prompts(body, self.max_prompts)
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        if len(texts) < len(prompts):
+            raise InvalidField(
+                "prompt", f"must be text for {self.name}, which is an external model"
+            )
+        changes: dict[str, Any] = {}
+        if body.num_drawn > body.n:  # not every server draws several for one, and none in a stream
+            changes = {"n": body.num_drawn, "logprobs": body.logprobs or 0}
+        # The text of an echo begins with the prompt, so that the filter need not be told of it.
+        before = ["" for _ in texts] if body.echo else texts
+        return await self._submit_openai("completions", body, texts, before, changes)
+
+    async def submit_chat(self, body: models.ChatCompletionRequest) -> Generation:
+        texts = [message.text for message in body.messages]
+        return await self._submit_openai("chat/completions", body, texts, [""], {})
+
+    async def _submit_openai(
+        self,
+        route: Route,
+        body: models.CompletionRequest | models.ChatCompletionRequest,
+        texts: list[str],
+        before: list[str],
+        changes: dict[str, Any],
+    ) -> Generation:
+        """texts: what a prompt filter reads; before: what the answers follow on; changes: to the
+        client's body."""
+        deadline = self._new_deadline()
+        self.log_prompts(texts)
+        # In a thread, because prompts may be long here.
+        if await asyncio.to_thread(holds_forbidden_word, self.content_filter, *texts):
+            raise ForbiddenPrompt("prompt" if route == "completions" else "messages")
+        sent = body.model_dump(exclude_unset=True, exclude=OUR_FIELDS) | changes
+        num_sequences = sent.get("n", 1)
+        held = [
+            HeldText(self.text_filter, text, body.stream)
+            for text in before
+            for _ in range(num_sequences)
+        ]
+        return await self._submit(route, sent, held, deadline)
+
+    def _new_deadline(self) -> Deadline:
+        return Deadline(time.monotonic(), self.request_timeout_seconds)
+
+    async def _count_prompt_tokens(self, prompt: str, deadline: Deadline) -> int:
+        """How many tokens the other server makes of a prompt: it says so when it generates one
+        more."""
+        sent = {"prompt": prompt, "max_tokens": 1}
+        # Its text goes nowhere, and it has to come to its end: it is not filtered.
+        generation = await self._submit(
+            "completions", sent, [HeldText(None, prompt, streams=False)], deadline
+        )
+        await generation.complete()
+        if generation.usage is None:
+            logger.warning("%s: upstream does not say how many tokens a prompt has", self.name)
+            raise InferenceError("upstream sent no usage")
+        return generation.num_prompt_tokens
+
+    # One request, in a task of its own.
+
+    async def _submit(
+        self, route: Route, body: dict[str, Any], choices: list[HeldText], deadline: Deadline
+    ) -> ExternalGeneration:
+        """A generation that the other server has begun to answer; where that fails, nothing is
+        left open. body: without `model` and what streaming needs."""
+        if self._is_stopping:
+            raise EngineStoppedError("the engine was stopped")
+        if self.is_full:
+            raise QueueFullError(f"{self.upstream.max_num_requests} requests are open already")
+        generation = ExternalGeneration(self.name, choices, deadline)
+        body = body | {
+            "model": self.upstream.upstream_name,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        running = self._run(generation, route, body, self.request_id())
+        generation.task = asyncio.create_task(running)
+        self._generations.add(generation)
+        generation.task.add_done_callback(partial(self._end, generation))
+        try:
+            async with asyncio.timeout(deadline.left_seconds):
+                await generation.is_answered.wait()
+        except TimeoutError:
+            generation.abort()
+            raise DeadlineExceeded(deadline.timeout_seconds) from None
+        except BaseException:
+            generation.abort()
+            raise
+        if not generation.has_begun:
+            refusal = await generation.gained.get()
+            assert isinstance(refusal, Exception)
+            raise refusal
+        return generation
+
+    async def _run(
+        self, generation: ExternalGeneration, route: Route, body: dict[str, Any], request_id: str
+    ) -> None:
+        failure: Exception | None = None
+        try:
+            async with self.upstream.open(route, body, request_id) as response:
+                generation.has_begun = True
+                generation.is_answered.set()
+                await self._read(generation, route, response)
+        except EngineError as error:
+            failure = error
+        except (httpx.HTTPError, BrokenStream) as error:
+            said = str(error) if isinstance(error, BrokenStream) else type(error).__name__
+            logger.warning("%s: upstream broke off: %s", self.name, said)
+            failure = InferenceError("upstream broke off")
+        except Exception:
+            logger.exception("%s: an answer of upstream's could not be read", self.name)
+            failure = InferenceError("the answer could not be read")
+        finally:
+            if failure:
+                generation.gained.put_nowait(failure)
+            if generation.usage:
+                self._count(generation, generation.usage)
+
+    def _end(self, generation: ExternalGeneration, task: asyncio.Task[None]) -> None:
+        """Called once the request's task is done, also if it was cancelled before it began."""
+        self._generations.discard(generation)
+        if task.cancelled():
+            generation.gained.put_nowait(EngineStoppedError("the engine was stopped"))
+        generation.is_answered.set()
+
+    async def _read(
+        self, generation: ExternalGeneration, route: Route, response: httpx.Response
+    ) -> None:
+        async with aclosing(read_events(response)) as received:
+            async for event in received:
+                if event == b"[DONE]":
+                    if not generation.is_finished:
+                        break
+                    continue  # to the end, after which the connection can be used again
+                chunk = parse_chunk(route, event)
+                generation.usage = chunk.usage or generation.usage
+                for choice in chunk.choices:
+                    if choice.index >= len(generation.choices):
+                        raise BrokenStream("it sent more choices than were asked for")
+                    self._append(generation, choice)
+                if all(choice.is_cut for choice in generation.choices):
+                    return  # closes the connection: the other server need not go on
+        if not generation.is_finished:
+            raise BrokenStream("it ended too soon")
+
+    def _append(self, generation: ExternalGeneration, received: UpstreamChoice) -> None:
+        choice = generation.choices[received.index]
+        if choice.finish_reason:
+            return
+        arrived_seconds = generation.deadline.arrived_seconds
+        stats = StepStats(num_rows=0, num_prompt_tokens=0, queue_seconds=[])
+        now_seconds = time.monotonic()
+        if received.added:
+            generation.num_chunks += 1
+            if choice.last_chunk_seconds is None:
+                stats.time_to_first_token_seconds.append(now_seconds - arrived_seconds)
+            else:
+                stats.inter_token_seconds.append(now_seconds - choice.last_chunk_seconds)
+            choice.last_chunk_seconds = now_seconds
+        logprobs = received.logprobs
+        self._leave_out_forbidden(logprobs)
+        gained = choice.add(received.added, logprobs, received.finish_reason)
+        if finish_reason := choice.finish_reason:
+            generation.finish_reasons.add(finish_reason)
+            stats.finished.append((finish_reason, now_seconds - arrived_seconds))
+            stats.num_rollbacks = int(choice.is_cut)
+        if gained:
+            text, logprobs = gained
+            generation.gained.put_nowait(text_delta(received.index, text, logprobs, finish_reason))
+        self.on_step(stats)
+
+    def _leave_out_forbidden(self, logprobs: Logprobs | None) -> None:
+        """Takes alternatives that are forbidden words out of a chunk's log probabilities; the
+        chosen tokens are text, and filtered as that."""
+        if isinstance(logprobs, models.ChatLogprobs):
+            for token in logprobs.content:
+                token.top_logprobs = [
+                    top for top in token.top_logprobs if not self._is_forbidden(top.token)
+                ]
+        elif logprobs and logprobs.top_logprobs:
+            chosen_tops = zip(logprobs.tokens, logprobs.top_logprobs, strict=False)
+            for at, (chosen, top) in enumerate(chosen_tops):
+                if top:
+                    logprobs.top_logprobs[at] = {
+                        text: logprob
+                        for text, logprob in top.items()
+                        if text == chosen or not self._is_forbidden(text)
+                    }
+
+    def _count(self, generation: ExternalGeneration, usage: UpstreamUsage) -> None:
+        """Puts the other server's own count in place of that of the chunks."""
+        num_more = max(0, usage.completion_tokens - generation.num_chunks)
+        self.on_step(StepStats(0, usage.prompt_tokens, [], num_untimed_tokens=num_more))
+
+
+def text_delta(
+    index: int, text: str, logprobs: Logprobs | None, finish_reason: FinishReason | None
+) -> TextDelta:
+    token_logprobs: list[float] = []
+    if isinstance(logprobs, models.CompletionLogprobs):
+        token_logprobs = [each for each in logprobs.token_logprobs if each is not None]
+    written = logprobs.model_dump() if logprobs else None
+    return TextDelta(index, text, written, token_logprobs, finish_reason)

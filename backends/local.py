@@ -1,0 +1,380 @@
+"""A model that runs in this process: its tokenizer, and the engine that has its weights."""
+
+import asyncio
+import math
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from functools import cached_property
+from typing import Any, Literal
+
+from jinja2 import TemplateError
+
+import models
+from backends.base import (
+    About,
+    Backend,
+    ContextExceeded,
+    DeadlineExceeded,
+    ForbiddenPrompt,
+    Generation,
+    InvalidField,
+    NoChatTemplate,
+    TextDelta,
+    holds_forbidden_word,
+    listed_prompts,
+    new_token_budget,
+)
+from backends.logprobs import ChoiceLogprobs, TokenSpelling
+from engine import (
+    Delta,
+    Engine,
+    EngineRequest,
+    FinishReason,
+    SamplingParams,
+    TextFilter,
+    instruction_set,
+)
+
+LogPrompts = Callable[[str | list[str]], None]
+
+
+class LocalBackend(Backend):
+    """A text-generation pipeline, to whose engine its model belongs.
+
+    generator: the pipeline; its tokenizer stays while its model is out of memory.
+    content_filter: what prompts must not hold. max_prompts: in one request.
+    log_prompts: called with each request's prompts; None where they are not to be logged.
+    """
+
+    engine: Engine
+
+    def __init__(
+        self,
+        name: str,
+        generator: Any,
+        engine: Engine,
+        *,
+        content_filter: TextFilter,
+        request_timeout_seconds: float,
+        max_prompts: int = 256,
+        log_prompts: LogPrompts | None = None,
+    ):
+        self.name = name
+        self.owned_by = name.rpartition("/")[0] or "local"
+        self.generator = generator
+        self.engine = engine
+        self.content_filter = content_filter
+        self.request_timeout_seconds = request_timeout_seconds
+        self.max_prompts = max_prompts
+        self.log_prompts = log_prompts or (lambda prompts: None)
+        model = engine.model
+        kernel = engine.kernel.name
+        self.about = About(str(model.dtype), model.device.type, kernel, instruction_set())
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.generator.tokenizer
+
+    @cached_property
+    def spelling(self) -> TokenSpelling:
+        return TokenSpelling(self.tokenizer, self.engine.output.text_filter)
+
+    @cached_property
+    def longest_token_characters(self) -> int:
+        return max(map(len, self.tokenizer.get_vocab()))
+
+    @property
+    def max_model_len(self) -> int:
+        return self.engine.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        return self.engine.vocab_size
+
+    @property
+    def max_num_seqs(self) -> int:
+        return self.engine.scheduler.max_num_seqs
+
+    @property
+    def num_running(self) -> int:
+        return self.engine.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        return self.engine.num_waiting
+
+    @property
+    def is_healthy(self) -> bool:
+        return self.engine.is_healthy
+
+    @property
+    def is_loaded(self) -> bool:
+        return self.engine.is_loaded
+
+    @property
+    def is_reachable(self) -> bool:
+        return True
+
+    @property
+    def problem(self) -> str | None:
+        if not self.is_healthy:
+            return f"the engine of {self.name} keeps failing"
+        if self.engine.is_full and self.is_loaded:
+            return f"the queue of {self.name} is full"
+        return None
+
+    def unload(self) -> None:
+        """Takes the model out of memory, once it has answered what came before. Blocks."""
+        self.generator.model = None
+        self.engine.unload()
+
+    def start(self) -> None:
+        self.engine.start()
+
+    def stop(self) -> None:
+        self.engine.stop()
+
+    async def submit_text(
+        self,
+        prompt: str,
+        params: models.TextFields,
+        *,
+        num_sequences: int = 1,
+        streams: bool = False,
+        is_chat: bool = False,
+    ) -> Generation:
+        self.log_prompts(prompt)
+        written = prompt
+        options = {}
+        if is_chat and self.tokenizer.chat_template:
+            messages = [{"role": "user", "content": prompt}]
+            prompt = self._apply_chat_template(messages)
+            options = {"add_special_tokens": False}
+        prompt_token_ids = self.tokenizer.backend_tokenizer.encode(prompt, **options).ids
+        self._refuse_forbidden("prompt", written, token_ids=prompt_token_ids)
+        if params.top_k > self.vocab_size:
+            raise InvalidField("top_k", f"Input should be less than or equal to {self.vocab_size}")
+        num_prompt_tokens = len(prompt_token_ids)
+        sampling = SamplingParams(
+            max_new_tokens=new_token_budget(params, num_prompt_tokens, self.max_model_len),
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k,
+            seed=params.seed,
+            stop=tuple(params.stop),
+        )
+        request = self.engine.submit(
+            prompt_token_ids, sampling, num_sequences=num_sequences, streams=streams
+        )
+        return LocalGeneration(self, [request])
+
+    async def submit_completion(self, body: models.CompletionRequest) -> Generation:
+        num_logprobs = body.logprobs
+        if body.num_drawn > body.n and num_logprobs is None:
+            num_logprobs = 0  # the tokens' own, by which the best choices are picked
+        sampling = self._sampling_params(
+            body, body.max_tokens, num_logprobs, body.logprobs if body.echo else None
+        )
+        # In a thread, because prompts may be long here.
+        texts, prompts = await asyncio.to_thread(self._completion_prompts, body)
+        requests = self.engine.submit_all(
+            prompts, sampling, num_sequences=body.num_drawn, streams=body.stream
+        )
+        form: LogprobsForm = None if body.logprobs is None else "completion"
+        return LocalGeneration(self, requests, form, echo=texts if body.echo else None)
+
+    async def submit_chat(self, body: models.ChatCompletionRequest) -> Generation:
+        # In a thread, because conversations may be long.
+        prompt_token_ids = await asyncio.to_thread(self._chat_prompt, body)
+        max_tokens = body.most_tokens or self.max_model_len - len(prompt_token_ids)
+        num_logprobs = body.top_logprobs if body.logprobs else None
+        sampling = self._sampling_params(body, max_tokens, num_logprobs)
+        request = self.engine.submit(
+            prompt_token_ids, sampling, num_sequences=body.n, streams=body.stream
+        )
+        return LocalGeneration(self, [request], "chat" if body.logprobs else None)
+
+    def _sampling_params(
+        self,
+        body: models.CompletionRequest | models.ChatCompletionRequest,
+        max_tokens: int,
+        num_logprobs: int | None,
+        num_prompt_logprobs: int | None = None,
+    ) -> SamplingParams:
+        """The engine's parameters. Raises InvalidField for what depends on the model."""
+        logit_bias = {int(token_id): bias for token_id, bias in body.logit_bias.items()}
+        if body.top_k > self.vocab_size:
+            raise InvalidField("top_k", f"goes up to {self.vocab_size}")
+        if max(logit_bias, default=0) >= self.vocab_size:
+            raise InvalidField("logit_bias", f"token ids go up to {self.vocab_size - 1}")
+        if body.min_tokens > max_tokens:
+            reason = f"must not be above the {max_tokens} tokens to generate"
+            raise InvalidField("min_tokens", reason)
+        return SamplingParams(
+            max_new_tokens=max_tokens,
+            temperature=body.temperature,
+            top_k=body.top_k,
+            top_p=body.top_p,
+            min_p=body.min_p,
+            repetition_penalty=body.repetition_penalty,
+            presence_penalty=body.presence_penalty,
+            frequency_penalty=body.frequency_penalty,
+            logit_bias=logit_bias,
+            min_tokens=body.min_tokens,
+            ignore_eos=body.ignore_eos,
+            stop=tuple(body.stop),
+            num_logprobs=num_logprobs,
+            num_prompt_logprobs=num_prompt_logprobs,
+            seed=body.seed,
+        )
+
+    def _completion_prompts(
+        self, body: models.CompletionRequest
+    ) -> tuple[list[str], list[list[int]]]:
+        """The prompts as text and as token ids."""
+        texts: list[str] = []
+        prompts_token_ids: list[list[int]] = []
+        for prompt in listed_prompts(body, self.max_prompts):
+            if isinstance(prompt, str):
+                text, token_ids = prompt, self._encode(prompt, body.max_tokens)
+            elif max(prompt) >= self.vocab_size:
+                raise InvalidField("prompt", f"token ids go up to {self.vocab_size - 1}")
+            else:
+                self._check_length(len(prompt), body.max_tokens)
+                text, token_ids = self.tokenizer.decode(prompt), prompt
+            texts.append(text)
+            prompts_token_ids.append(token_ids)
+            self.log_prompts(texts)
+            self._refuse_forbidden("prompt", text, token_ids=token_ids)
+        return texts, prompts_token_ids
+
+    def _chat_prompt(self, body: models.ChatCompletionRequest) -> list[int]:
+        """The token ids of a conversation, by the model's own template."""
+        if not self.tokenizer.chat_template:
+            raise NoChatTemplate(self.name)
+        texts = [message.text for message in body.messages]
+        self.log_prompts(texts)
+        messages = [
+            {"role": "system" if message.role == "developer" else message.role, "content": text}
+            for message, text in zip(body.messages, texts, strict=True)
+        ]
+        try:
+            prompt = self._apply_chat_template(messages)
+        except TemplateError:
+            reason = "the model's chat template does not take these roles in this order"
+            raise InvalidField("messages", reason) from None
+        token_ids = self._encode(prompt, body.most_tokens or 1, add_special_tokens=False)
+        self._refuse_forbidden("messages", *texts, token_ids=token_ids)
+        return token_ids
+
+    def _apply_chat_template(self, messages: list[dict[str, str]]) -> str:
+        prompt: str = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
+        )
+        return prompt
+
+    def _encode(self, text: str, max_tokens: int, **options: bool) -> list[int]:
+        """The token ids of text. Raises ContextExceeded, and does so without encoding it when it
+        is too long by its characters alone: a megabyte would hold everybody up for a second."""
+        at_least = math.ceil(len(text) / self.longest_token_characters)
+        if at_least > self.max_model_len:
+            self._check_length(at_least, max_tokens)
+        token_ids: list[int] = self.tokenizer.backend_tokenizer.encode(text, **options).ids
+        self._check_length(len(token_ids), max_tokens)
+        return token_ids
+
+    def _check_length(self, num_prompt_tokens: int, max_tokens: int) -> None:
+        if num_prompt_tokens == 0:
+            raise InvalidField("prompt", "must hold at least one token")
+        if num_prompt_tokens + max_tokens > self.max_model_len:
+            raise ContextExceeded(num_prompt_tokens, max_tokens, self.max_model_len)
+
+    def _refuse_forbidden(self, field: str, *texts: str, token_ids: list[int]) -> None:
+        """Looks at a prompt as it was written, and as the model reads it: past a special token
+        in the middle of a word."""
+        read = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        if holds_forbidden_word(self.content_filter, *texts, read):
+            raise ForbiddenPrompt(field)
+
+
+LogprobsForm = Literal["completion", "chat"] | None
+
+
+class LocalGeneration(Generation):
+    """The sequences of requests that were submitted to an engine together.
+
+    logprobs_form: of which route's log probabilities; None: none are wanted.
+    echo: the text of each request's prompt, if answers begin with it.
+    """
+
+    def __init__(
+        self,
+        backend: LocalBackend,
+        requests: list[EngineRequest],
+        logprobs_form: LogprobsForm = None,
+        echo: list[str] | None = None,
+    ):
+        self.model_name = backend.name
+        self.backend = backend
+        self.requests = requests
+        self.logprobs_form = logprobs_form
+        self.echo = echo
+        self._num_completion_tokens = 0
+        self._logprobs: dict[int, ChoiceLogprobs] = {}  # of each choice that has begun
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(request.num_prompt_tokens for request in self.requests)
+
+    @property
+    def num_generated_tokens(self) -> int:
+        return sum(request.num_generated_tokens for request in self.requests)
+
+    @property
+    def num_completion_tokens(self) -> int:
+        return self._num_completion_tokens
+
+    @property
+    def queue_seconds(self) -> float | None:
+        waited = [request.queue_seconds for request in self.requests]
+        return max((seconds for seconds in waited if seconds is not None), default=None)
+
+    @property
+    def finish_reasons(self) -> set[FinishReason]:
+        return {reason for request in self.requests for reason in request.finish_reasons}
+
+    async def deltas(self) -> AsyncGenerator[TextDelta]:
+        seconds = self.backend.request_timeout_seconds
+        stream = self.backend.engine.stream(*self.requests, timeout_seconds=seconds)
+        begun: set[int] = set()
+        try:
+            async with aclosing(stream) as deltas:
+                async for delta in deltas:
+                    yield self._text_delta(delta, is_first=delta.index not in begun)
+                    begun.add(delta.index)
+        except TimeoutError:
+            raise DeadlineExceeded(seconds) from None
+
+    def abort(self) -> None:
+        self.backend.engine.abort(*self.requests)
+
+    def _text_delta(self, delta: Delta, is_first: bool) -> TextDelta:
+        self._num_completion_tokens += len(delta.token_ids)
+        text, logprobs, prompt = delta.text, None, None
+        if self.echo and is_first:
+            at = delta.index // self.requests[0].num_sequences
+            prompt = (self.echo[at], self.requests[at])
+            text = self.echo[at] + text
+        if self.logprobs_form:
+            if is_first:
+                self._logprobs[delta.index] = ChoiceLogprobs(self.backend.spelling)
+            written = self._logprobs[delta.index]
+            is_chat = self.logprobs_form == "chat"
+            logprobs = written.chat(delta) if is_chat else written.completion(delta, prompt)
+        return TextDelta(
+            delta.index,
+            text,
+            logprobs,
+            [token.logprob for token in delta.logprobs],
+            delta.finish_reason,
+        )

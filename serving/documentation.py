@@ -1,0 +1,98 @@
+"""What routes say of themselves in the OpenAPI document."""
+
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+
+import models
+from serving.errors import FORBIDDEN_PROMPT
+from serving.registry import ModelRegistry
+
+Responses = dict[int | str, dict[str, Any]]
+
+ERRORS: Responses = {
+    400: {"model": models.Error, "description": FORBIDDEN_PROMPT},
+    404: {"model": models.Error, "description": "No such model"},
+    413: {"model": models.Error, "description": "Request body too large"},
+    422: {"model": models.ValidationErrors, "description": "Invalid request"},
+    500: {"model": models.Error, "description": "Model inference failed"},
+    503: {"model": models.Error, "description": "Overloaded or stopping; see Retry-After"},
+    504: {"model": models.Error, "description": "The request took too long"},
+}
+EVENTS: Responses = {
+    200: {
+        "content": {
+            "text/event-stream": {
+                "schema": {"type": "string"},
+                "example": 'data: {"text": " there was a king"}\n\n'
+                'data: {"generated_text": "Once upon a time there was a king", '
+                '"model_name": "gpt2"}\n\n',
+            }
+        }
+    }
+}
+PLAIN_TEXT: Responses = {
+    200: {
+        "description": "The generated text, sent as it is made",
+        "content": {"text/plain": {"schema": {"type": "string"}, "example": " there was a king"}},
+    }
+}
+NOT_READY: Responses = {
+    503: {"model": models.Readiness, "description": "A request would be refused"}
+}
+OPENAI_REFUSALS: dict[int | str, str] = {
+    400: "Invalid, forbidden (`content_filter`) or too long (`context_length_exceeded`)",
+    404: "No such model (`model_not_found`)",
+    413: "Request body too large",
+    "4XX": "Any other refusal",  # and no 422, which FastAPI would put here by itself
+    500: "Model inference failed",
+    503: "Overloaded or stopping; see Retry-After",
+    504: "The request took too long",
+}
+OPENAI_ERRORS: Responses = {
+    status: {"model": models.OpenAIError, "description": description}
+    for status, description in OPENAI_REFUSALS.items()
+}
+
+
+def or_chunks(chunk: type[BaseModel], example: str) -> Responses:
+    """200 of a `/v1` route: with `"stream": true`, chunks as server-sent events."""
+    described = f"Chunks, ended by `data: [DONE]`; each is `data:` and a `{chunk.__name__}`"
+    events = {"schema": {"type": "string", "description": described}, "example": example}
+    return {200: {"content": {"text/event-stream": events}}}
+
+
+COMPLETION_CHUNKS = or_chunks(
+    models.Completion,
+    'data: {"id": "cmpl-1", "object": "text_completion", "created": 1700000000, "model": '
+    '"gpt2", "choices": [{"index": 0, "text": " there", "logprobs": null, '
+    '"finish_reason": null}], "usage": null}\n\ndata: [DONE]\n\n',
+)
+CHAT_CHUNKS = or_chunks(
+    models.ChatCompletionChunk,
+    'data: {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1700000000, '
+    '"model": "gpt2", "choices": [{"index": 0, "delta": {"content": " there"}, "logprobs": '
+    'null, "finish_reason": null}], "usage": null}\n\ndata: [DONE]\n\n',
+)
+
+
+def document_vocabulary(app: FastAPI, registry: ModelRegistry) -> None:
+    """Lets the app's document end `top_k` at the vocabulary, as it does in fact."""
+
+    def openapi() -> dict[str, Any]:
+        if not app.openapi_schema:
+            document = FastAPI.openapi(app)
+            sizes = [each.vocab_size for each in registry.backends.values() if each.vocab_size]
+            fields = [s.get("properties", {}) for s in document["components"]["schemas"].values()]
+            for operations in document["paths"].values():
+                for operation in operations.values():
+                    parameters = operation.get("parameters", ())
+                    fields.append({each["name"]: each["schema"] for each in parameters})
+            for each in fields:
+                if "top_k" in each and sizes:
+                    each["top_k"]["maximum"] = min(sizes)
+        return app.openapi_schema or {}
+
+    # As FastAPI's own documentation has it (Advanced: Extending OpenAPI).
+    app.openapi = openapi  # type: ignore[method-assign]

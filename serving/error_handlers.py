@@ -1,0 +1,200 @@
+"""Errors become answers here, and are counted here: those of the domain, of FastAPI, all others."""
+
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import iter_route_contexts
+from starlette.exceptions import HTTPException
+
+from backends.base import (
+    Busy,
+    ContextExceeded,
+    DeadlineExceeded,
+    ForbiddenPrompt,
+    InvalidField,
+    NoChatTemplate,
+    Refused,
+    Unreachable,
+)
+from engine import EngineStoppedError, InferenceError, QueueFullError
+from serving.errors import (
+    BUSY,
+    FORBIDDEN_PROMPT,
+    OVERLOADED,
+    REFUSED,
+    STOPPING,
+    UNREACHABLE,
+    error_response,
+    is_openai_path,
+    retry_after,
+)
+from serving.metrics import FAILED_REQUESTS, FILTER_HITS, QUEUE_REFUSALS
+from serving.registry import UnknownModel
+from serving.streams import ClientGone
+
+# What may end a text that has begun.
+FAILURES = (DeadlineExceeded, InferenceError, EngineStoppedError)
+
+
+def failure_message(error: Exception) -> str:
+    """What a client is told of an error that ended its text; the cause is in the log."""
+    if isinstance(error, DeadlineExceeded):
+        return f"The request took longer than {error.seconds:g} seconds"
+    return STOPPING if isinstance(error, EngineStoppedError) else "Model inference failed"
+
+
+def count_failure(error: Exception) -> None:
+    """Counts an admitted request that ended with an error."""
+    reasons = {DeadlineExceeded: "timeout", EngineStoppedError: "stopping"}
+    FAILED_REQUESTS.labels(reasons.get(type(error), "inference")).inc()
+
+
+def refuse_fields(http: Request, problems: list[dict[str, Any]]) -> JSONResponse:
+    """422, on `/v1` 400, without the input, which may be long, secret, or no valid JSON.
+
+    problems: as FastAPI's RequestValidationError lists them.
+    """
+
+    def name(part: str | int) -> str | int:
+        return part if isinstance(part, int) else part[:100].encode(errors="replace").decode()
+
+    told = [
+        {"loc": [name(part) for part in each["loc"]], "msg": each["msg"], "type": each["type"]}
+        for each in problems[:20]
+    ]
+    if not is_openai_path(http.scope["path"]):
+        return error_response(http.scope, 422, told)
+    first = problems[0]
+    path = [str(part) for part in told[0]["loc"][1:] if first["type"] != "json_invalid"]
+    param = path[0] if path else first.get("ctx", {}).get("param")
+    reason = first["msg"].removeprefix("Value error, ")
+    message = f"{'.'.join(path) or param or 'body'}: {reason}"
+    return error_response(http.scope, 400, message, param=param)
+
+
+def value_error(*loc: str, msg: str) -> dict[str, Any]:
+    """A problem as FastAPI lists them."""
+    return {"type": "value_error", "loc": loc, "msg": msg}
+
+
+def input_place(http: Request) -> str:
+    """Where a route's fields come from, as FastAPI calls it."""
+    return "query" if http.method == "GET" else "body"
+
+
+async def refuse_invalid(http: Request, error: RequestValidationError) -> JSONResponse:
+    return refuse_fields(http, list(error.errors()))
+
+
+async def refuse_field(http: Request, error: InvalidField) -> JSONResponse:
+    return refuse_fields(http, [value_error(input_place(http), error.field, msg=error.reason)])
+
+
+async def refuse_forbidden_prompt(http: Request, error: ForbiddenPrompt) -> JSONResponse:
+    FILTER_HITS.labels("prompt").inc()
+    return error_response(
+        http.scope, 400, FORBIDDEN_PROMPT, param=error.field, code="content_filter"
+    )
+
+
+async def refuse_long_prompt(http: Request, error: ContextExceeded) -> JSONResponse:
+    message = (
+        f"This model's maximum context length is {error.context_tokens} tokens, however you "
+        f"requested {error.num_prompt_tokens + error.num_new_tokens} tokens "
+        f"({error.num_prompt_tokens} in your prompt; {error.num_new_tokens} for the completion)"
+    )
+    code = "context_length_exceeded"
+    return error_response(http.scope, 400, message, param="prompt", code=code)
+
+
+async def refuse_chat(http: Request, error: NoChatTemplate) -> JSONResponse:
+    message = f"{error.model_name} has no chat template: use /v1/completions"
+    return error_response(http.scope, 400, message, param="model")
+
+
+async def refuse_unknown_model(http: Request, error: UnknownModel) -> JSONResponse:
+    served = ", ".join(error.served_names)
+    if is_openai_path(http.scope["path"]):
+        message = f"The model does not exist; served: {served}"
+        return error_response(http.scope, 404, message, param="model", code="model_not_found")
+    return error_response(http.scope, 404, f"No such model; served: {served}")
+
+
+async def report_refused(http: Request, error: Refused) -> JSONResponse:
+    if is_openai_path(http.scope["path"]):
+        return error_response(http.scope, 400, REFUSED, code=error.code)
+    return refuse_fields(http, [value_error(input_place(http), msg=REFUSED)])
+
+
+async def refuse_for_now(http: Request, error: Exception) -> JSONResponse:
+    details = {
+        QueueFullError: OVERLOADED,
+        EngineStoppedError: STOPPING,
+        Unreachable: UNREACHABLE,
+        Busy: BUSY,
+    }
+    if isinstance(error, QueueFullError):
+        QUEUE_REFUSALS.inc()
+    headers = retry_after(error.retry_after_seconds) if isinstance(error, Busy) else retry_after()
+    return error_response(http.scope, 503, details[type(error)], headers)
+
+
+async def report_failed_inference(http: Request, error: InferenceError) -> JSONResponse:
+    count_failure(error)
+    return error_response(http.scope, 500, failure_message(error))
+
+
+async def report_timeout(http: Request, error: DeadlineExceeded) -> JSONResponse:
+    count_failure(error)
+    return error_response(http.scope, 504, failure_message(error))
+
+
+async def close_for_nobody(_: Request, error: ClientGone) -> Response:
+    return Response(status_code=499)
+
+
+async def report_refusal(http: Request, error: HTTPException) -> JSONResponse:
+    """What FastAPI and Starlette raise."""
+    if error.status_code == 400:  # which only FastAPI raises, for a body that it cannot read
+        return refuse_fields(http, [value_error("body", msg="not valid JSON")])
+    headers = dict(error.headers or {})
+    if error.status_code == 405:  # of all routes on this path, not of the first alone
+        routes = [route for route in iter_route_contexts(http.app.routes) if route.methods]
+        matching = (route.path for route in routes if route.path_regex.match(http.scope["path"]))
+        path = next(matching, None)  # None: a file
+        methods = {m for route in routes if route.path == path for m in route.methods or ()}
+        headers["Allow"] = ", ".join(sorted(methods or {"GET", "HEAD"}))
+    return error_response(http.scope, error.status_code, error.detail, headers)
+
+
+async def report_unexpected(http: Request, error: Exception) -> JSONResponse:
+    """500 from outside RequestContextMiddleware, so it brings the id itself."""
+    headers = {"X-Request-ID": http.scope["request_id"]}
+    return error_response(http.scope, 500, "Internal server error", headers)
+
+
+HANDLERS: dict[type[Exception], Any] = {
+    RequestValidationError: refuse_invalid,
+    InvalidField: refuse_field,
+    ForbiddenPrompt: refuse_forbidden_prompt,
+    ContextExceeded: refuse_long_prompt,
+    NoChatTemplate: refuse_chat,
+    UnknownModel: refuse_unknown_model,
+    Refused: report_refused,
+    QueueFullError: refuse_for_now,
+    EngineStoppedError: refuse_for_now,
+    Unreachable: refuse_for_now,
+    Busy: refuse_for_now,
+    InferenceError: report_failed_inference,
+    DeadlineExceeded: report_timeout,
+    ClientGone: close_for_nobody,
+    HTTPException: report_refusal,
+    Exception: report_unexpected,
+}
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    for error, handler in HANDLERS.items():
+        app.add_exception_handler(error, handler)

@@ -1,0 +1,167 @@
+"""What the service writes: a line for each request, and the usage log."""
+
+import atexit
+import csv
+import io
+import json
+import logging
+import queue
+import sys
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from io import TextIOWrapper
+from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
+from typing import Any, cast
+
+from pythonjsonlogger.json import JsonFormatter
+
+from backends.base import Generation
+from serving.settings import Settings, refuse_setting
+
+request_id: ContextVar[str] = ContextVar("request_id", default="-")
+
+# What the log line of the request under way will say; None outside of one. Texts that are made
+# for it are under "generations".
+request_facts: ContextVar[dict[str, Any] | None] = ContextVar("request_facts", default=None)
+
+USAGE_COLUMNS = (
+    "time", "request_id", "route", "model", "prompt_tokens", "generated_tokens", "seconds",
+    "status", "key",
+)  # fmt: skip
+
+logger = logging.getLogger("service")
+usage_logger = logging.getLogger("usage")
+
+
+def add_to_log(**facts: Any) -> None:
+    """Adds to the log line of the request under way."""
+    if (noted := request_facts.get()) is not None:
+        noted.update(facts)
+
+
+class TextFormatter(logging.Formatter):
+    """One line for people; the facts of a request follow its message."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s [%(request_id)s] %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        facts = getattr(record, "facts", {})
+        written = (f" {name}={json.dumps(fact)}" for name, fact in facts.items())
+        return super().formatMessage(record) + "".join(written)
+
+
+class JsonLines(JsonFormatter):
+    """One JSON object a line, so that nothing that a client sends can forge a line."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "%(levelname)s %(name)s %(request_id)s %(message)s",
+            rename_fields={"levelname": "level", "name": "logger"},
+            timestamp="time",
+        )
+
+    def add_fields(
+        self, log_record: dict[str, Any], record: logging.LogRecord, message_dict: dict[str, Any]
+    ) -> None:
+        super().add_fields(log_record, record, message_dict)
+        log_record.update(log_record.pop("facts", {}))
+
+
+class UsageFile(RotatingFileHandler):
+    """A CSV file that begins with the names of its columns, also after a rotation."""
+
+    def _open(self) -> TextIOWrapper:
+        stream = super()._open()
+        if stream.tell() == 0:
+            stream.write(",".join(USAGE_COLUMNS) + "\n")
+        return stream
+
+    def format(self, record: logging.LogRecord) -> str:
+        row = io.StringIO()
+        facts = cast(dict[str, Any], record.msg)
+        csv.writer(row, lineterminator="").writerow(facts.get(name, "") for name in USAGE_COLUMNS)
+        return row.getvalue()
+
+
+class UsageQueue(QueueHandler):
+    """Leaves the record as it is: the row is written out in the other thread."""
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        return record
+
+
+def set_up_logging(settings: Settings) -> None:
+    """Gives every line the id of its request; puts our access log in uvicorn's place.
+
+    uvicorn logs whole paths, and the path of `GET /{prompt}` is a prompt. The usage log is
+    written by a thread of its own, and flushed at exit.
+    """
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(JsonLines() if settings.log_format == "json" else TextFormatter())
+
+    def add_request_id(record: logging.LogRecord) -> bool:
+        record.request_id = request_id.get()
+        return True
+
+    handler.addFilter(add_request_id)
+    for name in ("service", "engine", "external"):
+        logging.getLogger(name).handlers[:] = [handler]
+        logging.getLogger(name).setLevel(settings.log_level)
+    logging.getLogger("uvicorn.access").disabled = True
+    usage_logger.propagate = False
+    if settings.usage_log:
+        try:
+            file = UsageFile(
+                settings.usage_log, maxBytes=settings.usage_log_max_bytes, backupCount=5
+            )
+        except OSError as error:
+            refuse_setting("USAGE_LOG", f"cannot be written ({error.strerror})")
+        rows: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+        usage_logger.handlers[:] = [UsageQueue(rows)]
+        usage_logger.setLevel(logging.INFO)
+        listener = QueueListener(rows, file)
+        listener.start()
+        atexit.register(listener.stop)
+
+
+def add_generation_to_log(generation: Generation) -> None:
+    """Puts down that a model works for the request under way."""
+    facts = request_facts.get()
+    if facts is not None:
+        facts.setdefault("generations", []).append(generation)
+        name = generation.model_name
+        facts["model"] = f"{facts['model']},{name}" if "model" in facts else name
+
+
+def num_generated_tokens() -> int:
+    """By all texts of the request under way."""
+    generations: list[Generation] = (request_facts.get() or {}).get("generations", [])
+    return sum(generation.num_generated_tokens for generation in generations)
+
+
+def log_request(
+    method: str, route: str, status: int, seconds: float, facts: dict[str, Any]
+) -> None:
+    """Writes the line of a request that has ended, and its row of the usage log."""
+    generations: list[Generation] = facts.pop("generations", [])
+    if generations:
+        facts["prompt_tokens"] = sum(each.num_prompt_tokens for each in generations)
+        facts["generated_tokens"] = sum(each.num_generated_tokens for each in generations)
+    waited = [each.queue_seconds for each in generations if each.queue_seconds is not None]
+    if waited:
+        facts["queue_seconds"] = round(max(waited), 4)
+    if reasons := {reason for each in generations for reason in each.finish_reasons}:
+        facts["finish_reason"] = "+".join(sorted(reasons))
+    facts = {
+        "method": method, "route": route, "status": status, "seconds": round(seconds, 4), **facts,
+    }  # fmt: skip
+    logger.info("%s %s", method, route, extra={"facts": facts})
+    if generations and usage_logger.handlers:
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        usage_logger.info({"time": now, "request_id": request_id.get(), **facts})
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, on one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

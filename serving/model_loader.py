@@ -1,0 +1,163 @@
+"""Makes backends as the settings say."""
+
+import re
+import time
+from collections.abc import Callable
+from functools import partial
+from logging import getLogger
+from typing import Any
+from urllib.parse import unquote
+
+import httpx
+import torch
+
+from backends.external import ExternalBackend
+from backends.local import LocalBackend
+from backends.upstream import Upstream
+from engine import Engine, available_cores, choose_kernel, native_dtype
+from serving.content_filter import ContentFilter
+from serving.logs import add_to_log, request_id
+from serving.metrics import ModelMetrics
+from serving.settings import Settings, refuse_setting
+
+logger = getLogger("service")
+
+LoadPipeline = Callable[[str], Any]  # from a folder or id to a text-generation pipeline
+
+
+def choose_precision(settings: Settings) -> dict[str, Any]:
+    """`dtype` and `device` for a pipeline. Ends the process where they cannot be had here."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtypes = {"auto": native_dtype(device), "float32": torch.float32, "bfloat16": torch.bfloat16}
+    dtype = torch.float32 if settings.quantization else dtypes[settings.dtype]
+    try:
+        choose_kernel(dtype, device, settings.quantization)
+    except ValueError as error:
+        refuse_setting("QUANTIZATION" if settings.quantization else "DTYPE", error)
+    return {"dtype": dtype, "device": device}
+
+
+def choose_num_threads(settings: Settings) -> int:
+    """How many threads compute. More than there are cores are said to be slow."""
+    cores = available_cores()
+    num_threads = settings.torch_num_threads or cores
+    if num_threads > cores:
+        logger.warning(
+            "TORCH_NUM_THREADS is %d, more than the cores that the process may use (%d): threads "
+            "that wait for a core make every step slower",
+            num_threads,
+            cores,
+        )
+    return num_threads
+
+
+def log_prompts(prompts: str | list[str]) -> None:
+    """Puts prompts into the request's log line."""
+    add_to_log(prompt=prompts)
+
+
+class ModelLoader:
+    """Makes backends as the settings say, and loads their models again.
+
+    load_pipeline: makes a text-generation pipeline of a folder or id.
+    on_model_needed: called with a model's name once a request wants it that is out of memory.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        content_filter: ContentFilter,
+        load_pipeline: LoadPipeline,
+        on_model_needed: Callable[[str], None],
+    ):
+        self.settings = settings
+        self.content_filter = content_filter
+        self.load_pipeline = load_pipeline
+        self.on_model_needed = on_model_needed
+        self.text_filter = content_filter if settings.filter_output else None
+        self.log_prompts = log_prompts if settings.log_prompts else None
+        self.num_threads = choose_num_threads(settings)
+
+    def load_local(self, name: str, source: str) -> LocalBackend:
+        """A model that runs here. Raises what transformers does for one that cannot be loaded."""
+        settings, started_seconds = self.settings, time.monotonic()
+        generator = self.load_pipeline(source)
+        metrics = ModelMetrics(name)
+        engine = Engine(
+            generator.model,
+            generator.tokenizer,
+            max_num_seqs=settings.max_num_seqs,
+            max_queue_size=settings.max_queue_size,
+            max_model_len=settings.max_model_len,
+            quantization=settings.quantization,
+            num_threads=self.num_threads,
+            text_filter=self.text_filter,
+            on_step=metrics.observe,
+            on_model_needed=partial(self.on_model_needed, name),
+        )
+        backend = LocalBackend(
+            name,
+            generator,
+            engine,
+            content_filter=self.content_filter,
+            request_timeout_seconds=settings.request_timeout_seconds,
+            max_prompts=settings.max_queue_size,
+            log_prompts=self.log_prompts,
+        )
+        metrics.watch(backend)
+        self._tell_of_load(backend, started_seconds)
+        return backend
+
+    def reload(self, backend: LocalBackend, source: str) -> None:
+        """Brings a model back into memory. Raises as `load_local` does."""
+        started_seconds = time.monotonic()
+        backend.generator.model = self.load_pipeline(source).model
+        backend.engine.load(backend.generator.model)
+        self._tell_of_load(backend, started_seconds)
+
+    def _tell_of_load(self, backend: LocalBackend, started_seconds: float) -> None:
+        seconds = time.monotonic() - started_seconds
+        ModelMetrics.LOAD.labels(backend.name).set(seconds)
+        description = backend.engine.runner.description
+        logger.info("loaded %s (%s) in %.1f s", backend.name, description, seconds)
+
+    def connect_external(self, name: str, source: str) -> ExternalBackend:
+        """A model on another server, which need not answer yet. source: the base of its OpenAI
+        routes, and after a `#` the model's name there if it is another."""
+        settings = self.settings
+        try:
+            url = httpx.URL(source)
+        except httpx.InvalidURL:
+            url = httpx.URL()
+        is_address = url.scheme in ("http", "https") and url.host and (url.port or 0) < 65536
+        if not name or not is_address or url.userinfo or url.query:  # URLs end up in logs
+            refuse_setting(
+                "MODEL_NAME",
+                f"{name!r} is to be served from an address that is not https://host/v1; a key "
+                "belongs in EXTERNAL_API_KEY",
+            )
+        secret = settings.external_api_key
+        key = secret.get_secret_value() if secret else None
+        if key and not re.fullmatch("[!-~]+", key):
+            refuse_setting("EXTERNAL_API_KEY", "has other than ASCII letters and signs")
+        upstream = Upstream(
+            name,
+            str(url.copy_with(fragment=None)).rstrip("/"),
+            upstream_name=unquote(url.fragment) or name,
+            api_key=key,
+            max_num_requests=settings.max_num_seqs + settings.max_queue_size,
+        )
+        metrics = ModelMetrics(name)
+        backend = ExternalBackend(
+            upstream,
+            content_filter=self.content_filter,
+            text_filter=self.text_filter,
+            request_timeout_seconds=settings.request_timeout_seconds,
+            max_prompts=settings.max_queue_size,
+            request_id=request_id.get,
+            on_step=metrics.observe,
+            log_prompts=self.log_prompts,
+        )
+        metrics.watch(backend)
+        logger.info("%s is on %s", name, upstream.url)
+        return backend

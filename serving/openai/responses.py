@@ -1,0 +1,163 @@
+"""What a `/v1` route answers, whole or as a stream of chunks."""
+
+import hashlib
+import math
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from statistics import fmean
+from typing import Any, Generic, TypeVar
+
+import torch
+from fastapi import Request
+
+import models
+from backends.base import Generation, TextDelta
+from engine import InferenceError
+from serving.error_handlers import FAILURES, count_failure, failure_message
+from serving.errors import openai_error
+from serving.settings import Settings
+from serving.streams import GenerationStream, event, finish
+
+Body = TypeVar("Body", models.CompletionRequest, models.ChatCompletionRequest)
+
+
+def system_fingerprint(model_name: str, settings: Settings) -> str:
+    """Changes with what may change the text of a seed."""
+    described = (model_name, torch.__version__, settings.dtype, settings.quantization)
+    return "fp_" + hashlib.sha256(repr(described).encode()).hexdigest()[:10]
+
+
+class ResponseBuilder(ABC, Generic[Body]):
+    """Puts what a generation gives into the form of one route."""
+
+    id_prefix: str
+    object_name: str
+    chunk_object_name: str
+
+    def __init__(self, body: Body, generation: Generation, settings: Settings):
+        self.body: Body = body
+        self.generation = generation
+        self.head = {
+            "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": generation.model_name,
+            "system_fingerprint": system_fingerprint(generation.model_name, settings),
+        }
+
+    @abstractmethod
+    def choice(self, delta: TextDelta) -> dict[str, Any]:
+        """A choice of the full answer."""
+
+    @abstractmethod
+    def chunk_choices(self, delta: TextDelta, is_first: bool) -> list[dict[str, Any]]:
+        """What a delta adds to a streamed choice: of as many chunks, the choices."""
+
+    def best(self, deltas: list[TextDelta]) -> list[TextDelta]:
+        """Those of all choices that the client gets."""
+        return deltas
+
+    def usage(self) -> dict[str, int]:
+        num_prompt_tokens = self.generation.num_prompt_tokens
+        num_completion_tokens = self.generation.num_completion_tokens
+        return {
+            "prompt_tokens": num_prompt_tokens,
+            "completion_tokens": num_completion_tokens,
+            "total_tokens": num_prompt_tokens + num_completion_tokens,
+        }
+
+    async def respond(self, http: Request) -> Any:
+        """The response that the client asked for."""
+        if self.body.stream:
+            return GenerationStream(self.stream(), self.generation)
+        return await self.full(http)
+
+    async def full(self, http: Request) -> dict[str, Any]:
+        (deltas,) = await finish(http, self.generation)
+        choices = [self.choice(delta) for delta in self.best(deltas)]
+        for index, choice in enumerate(choices):
+            choice["index"] = index  # of those given, not of those drawn
+        return {
+            **self.head, "object": self.object_name, "choices": choices, "usage": self.usage()
+        }  # fmt: skip
+
+    async def stream(self) -> AsyncGenerator[str]:
+        options = self.body.stream_options
+        head = {**self.head, "object": self.chunk_object_name}
+        begun: set[int] = set()
+        try:
+            async with aclosing(self.generation.deltas()) as deltas:
+                async for delta in deltas:
+                    usage = self.usage() if options.continuous_usage_stats else None
+                    for choice in self.chunk_choices(delta, delta.index not in begun):
+                        yield event({**head, "choices": [choice], "usage": usage})
+                    begun.add(delta.index)
+            if options.include_usage:
+                yield event({**head, "choices": [], "usage": self.usage()})
+            yield "data: [DONE]\n\n"
+        except FAILURES as error:
+            count_failure(error)
+            status = 500 if isinstance(error, InferenceError) else 503
+            yield event(openai_error(status, failure_message(error)))
+
+
+NO_COMPLETION_LOGPROBS: dict[str, Any] = {
+    "tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []
+}  # fmt: skip
+NO_CHAT_LOGPROBS: dict[str, Any] = {"content": [], "refusal": None}
+
+
+class CompletionBuilder(ResponseBuilder[models.CompletionRequest]):
+    id_prefix, object_name, chunk_object_name = "cmpl", "text_completion", "text_completion"
+
+    def choice(self, delta: TextDelta) -> dict[str, Any]:
+        wants_logprobs = self.body.logprobs is not None
+        return {
+            "index": delta.index,
+            "text": delta.text,
+            "logprobs": (delta.logprobs or NO_COMPLETION_LOGPROBS) if wants_logprobs else None,
+            "finish_reason": delta.finish_reason,
+        }
+
+    def chunk_choices(self, delta: TextDelta, is_first: bool) -> list[dict[str, Any]]:
+        return [self.choice(delta)]
+
+    def best(self, deltas: list[TextDelta]) -> list[TextDelta]:
+        """Of each prompt's choices those whose tokens are the likeliest on average."""
+        num_drawn, num_given = self.body.num_drawn, self.body.n
+        if num_drawn == num_given:
+            return deltas
+
+        def mean_logprob(delta: TextDelta) -> float:
+            return fmean(delta.token_logprobs) if delta.token_logprobs else -math.inf
+
+        best: list[TextDelta] = []
+        for start in range(0, len(deltas), num_drawn):
+            drawn = deltas[start : start + num_drawn]
+            best += sorted(drawn, key=mean_logprob, reverse=True)[:num_given]
+        return best
+
+
+class ChatBuilder(ResponseBuilder[models.ChatCompletionRequest]):
+    id_prefix, object_name = "chatcmpl", "chat.completion"
+    chunk_object_name = "chat.completion.chunk"
+
+    def choice(self, delta: TextDelta) -> dict[str, Any]:
+        message = {"role": "assistant", "content": delta.text, "refusal": None}
+        return {"message": message, **self._besides_text(delta)}
+
+    def chunk_choices(self, delta: TextDelta, is_first: bool) -> list[dict[str, Any]]:
+        added = {"delta": {"content": delta.text}, **self._besides_text(delta)}
+        if not is_first:
+            return [added]
+        role = {"role": "assistant", "content": ""}
+        start = {"index": delta.index, "delta": role, "logprobs": None, "finish_reason": None}
+        return [start, added]
+
+    def _besides_text(self, delta: TextDelta) -> dict[str, Any]:
+        logprobs = (delta.logprobs or NO_CHAT_LOGPROBS) if self.body.logprobs else None
+        return {
+            "index": delta.index, "logprobs": logprobs, "finish_reason": delta.finish_reason
+        }  # fmt: skip

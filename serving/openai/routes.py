@@ -1,0 +1,79 @@
+"""OpenAI's routes (https://platform.openai.com/docs/api-reference)."""
+
+import time
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+import models
+from backends.base import Backend, InvalidField
+from serving.documentation import CHAT_CHUNKS, COMPLETION_CHUNKS, OPENAI_ERRORS
+from serving.middleware import with_slashes
+from serving.openai.responses import ChatBuilder, CompletionBuilder
+from serving.service import CurrentService
+from serving.streams import admit
+
+LOADED_AT_SECONDS = int(time.time())
+
+openai_routes = APIRouter(tags=["openai"])
+
+
+@openai_routes.post(
+    "/v1/completions", response_model=models.Completion, responses=OPENAI_ERRORS | COMPLETION_CHUNKS
+)
+async def create_completion(
+    http: Request, body: models.CompletionRequest, service: CurrentService
+) -> Any:
+    """OpenAI's completions: continues one or more prompts, given as text or as token ids."""
+    if body.num_drawn < body.n:
+        raise InvalidField("best_of", "must not be below n")
+    if body.num_drawn > body.n and body.stream:
+        raise InvalidField("best_of", "must be n in a stream")
+    if body.max_tokens == 0 and not body.echo:
+        raise InvalidField("max_tokens", "0 needs echo")
+    backend = service.backend(body.model)
+    generation = await admit(http, backend.submit_completion(body))
+    return await CompletionBuilder(body, generation, service.settings).respond(http)
+
+
+@openai_routes.post(
+    "/v1/chat/completions",
+    response_model=models.ChatCompletion,
+    responses=OPENAI_ERRORS | CHAT_CHUNKS,
+)
+async def create_chat_completion(
+    http: Request, body: models.ChatCompletionRequest, service: CurrentService
+) -> Any:
+    """OpenAI's chat completions, for models with a chat template."""
+    if body.top_logprobs and not body.logprobs:
+        raise InvalidField("top_logprobs", "needs logprobs")
+    backend = service.backend(body.model)
+    generation = await admit(http, backend.submit_chat(body))
+    return await ChatBuilder(body, generation, service.settings).respond(http)
+
+
+def describe_model(backend: Backend) -> dict[str, Any]:
+    return {
+        "id": backend.name,
+        "object": "model",
+        "created": LOADED_AT_SECONDS,
+        "owned_by": backend.owned_by,
+        "max_model_len": backend.max_model_len,
+    }
+
+
+@openai_routes.get("/v1/models", response_model=models.ModelList)
+async def list_models(service: CurrentService) -> Any:
+    """The served models, the default one first."""
+    backends = service.registry.backends.values()
+    return {"object": "list", "data": [describe_model(backend) for backend in backends]}
+
+
+@openai_routes.get(
+    "/v1/models/{model_id:path}",
+    response_model=models.Model,
+    responses={404: OPENAI_ERRORS[404], "4XX": OPENAI_ERRORS["4XX"]},
+)
+async def retrieve_model(http: Request, model_id: str, service: CurrentService) -> Any:
+    """One served model."""
+    return describe_model(service.backend(with_slashes(http.scope, model_id)))

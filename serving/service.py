@@ -1,0 +1,39 @@
+"""What the routes stand on."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from backends.base import Backend
+from serving.content_filter import ContentFilter
+from serving.metrics import render_metrics
+from serving.registry import ModelRegistry
+from serving.settings import Settings
+from serving.shutdown import GracefulShutdown
+
+
+@dataclass
+class Service:
+    """Made once in main.py, kept on `app.state.service`, handed to routes as a dependency."""
+
+    settings: Settings
+    content_filter: ContentFilter
+    registry: ModelRegistry
+    shutdown: GracefulShutdown
+    # What `/metrics` shows; ray_serve.py puts that of all replicas in its place.
+    render_metrics: Callable[[], Awaitable[bytes]] = render_metrics
+
+    def backend(self, name: str | None) -> Backend:
+        """The model of that name, the default one for None. Raises UnknownModel."""
+        return self.registry.get(name)
+
+
+async def get_service(http: Request) -> Service:
+    """The app's own; a coroutine, since FastAPI would call a function in a thread."""
+    service: Service = http.app.state.service
+    return service
+
+
+CurrentService = Annotated[Service, Depends(get_service)]

@@ -1,0 +1,141 @@
+"""The settings: read once, from the environment or `.env`."""
+
+import sys
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from dotenv import load_dotenv
+from limits.errors import ConfigurationError
+from limits.storage import storage_from_string
+from pydantic import Field, FilePath, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Read once, from the environment or `.env`; an empty variable counts as unset."""
+
+    model_config = SettingsConfigDict(env_ignore_empty=True, frozen=True)
+
+    model_name: str | None = Field(
+        default=None,
+        description="Hugging Face ids or folders, or `name=https://host/v1` for a model on "
+        "another server, comma-separated; the first is the default. "
+        "Unset: `gpt2` from the local cache or the hub, else the bundled `gpt2-tales`.",
+    )
+    max_loaded_models: int | None = Field(
+        default=None,
+        ge=1,
+        description="Models in memory at the same time; a request for another one swaps it in. "
+        "Unset: all.",
+    )
+    external_api_key: SecretStr | None = Field(
+        default=None, description="Sent to every external server as its bearer token."
+    )
+    forbidden_words: str = Field(
+        default="hate*,violence",
+        description="Comma-separated; a trailing `*` matches any ending; a lone comma turns "
+        "the filter off.",
+    )
+    filter_output: bool = Field(
+        default=True, description="Whether generated text is filtered as prompts are."
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="`auto` is bfloat16 where the processor computes in it natively.",
+    )
+    quantization: Literal["int8"] | None = Field(
+        default=None,
+        description="`int8` packs weights to 8 bits (CPU only); seeds then hold only for "
+        "requests that run alone.",
+    )
+    torch_num_threads: int | None = Field(
+        default=None, ge=1, description="Unset: the cores that the process may use."
+    )
+    max_num_seqs: int = Field(
+        default=64, ge=1, le=1024, description="Sequences that are generated at the same time."
+    )
+    max_queue_size: int = Field(
+        default=256, ge=1, description="Requests that may wait; one more is answered 503."
+    )
+    max_model_len: int | None = Field(
+        default=None,
+        ge=16,
+        description="Tokens of prompt and text together. Unset: the model's context.",
+    )
+    request_timeout_seconds: float = Field(
+        default=120, gt=0, description="A request that takes longer is answered 504."
+    )
+    max_body_bytes: int = Field(
+        default=1_000_000, ge=1024, description="A larger request body is answered 413."
+    )
+    drain_timeout_seconds: float = Field(
+        default=20,
+        ge=0,
+        description="After SIGTERM, requests that still run then are ended with an error.",
+    )
+    api_keys: SecretStr | None = Field(
+        default=None,
+        description="Comma-separated `key` or `name:key`; unset: open to everybody.",
+    )
+    api_keys_file: FilePath | None = Field(
+        default=None, description="A file with one such key a line, besides `API_KEYS`."
+    )
+    metrics_need_key: bool = Field(
+        default=True, description="Whether `/metrics` needs a key where there are keys."
+    )
+    rate_limit: int | None = Field(
+        default=None, ge=1, description="Requests a minute by key, else by client address."
+    )
+    token_rate_limit: int | None = Field(
+        default=None, ge=1, description="Generated tokens a minute, the same way."
+    )
+    rate_limit_storage: SecretStr = Field(
+        default=SecretStr("memory://"),
+        description="Where limits are counted: `redis://host:6379` for all replicas together.",
+    )
+    cors_origins: str = Field(
+        default="", description="Comma-separated origins whose pages may call the API, or `*`."
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        default="INFO", description="Of the service's own log."
+    )
+    log_format: Literal["json", "text"] = Field(
+        default="json", description="Of the service's own log, on standard output."
+    )
+    log_prompts: bool = Field(default=False, description="Whether prompts are in the log.")
+    usage_log: Path | None = Field(
+        default=None, description="A CSV file that gets a row for each request that generates."
+    )
+    usage_log_max_bytes: int = Field(
+        default=10_000_000, ge=1000, description="It is rotated at this size; five old ones stay."
+    )
+
+    @field_validator("rate_limit_storage")
+    @classmethod
+    def can_be_opened(cls, address: SecretStr) -> SecretStr:
+        try:
+            open_storage(address)
+        except ConfigurationError as error:  # whose text repeats the address, password and all
+            raise ValueError(str(error).replace(address.get_secret_value(), "***")) from None
+        return address
+
+
+def open_storage(address: SecretStr) -> Any:
+    """The counts of rate limits there; a connection is made with the first look-up."""
+    uri = f"async+{address.get_secret_value()}"
+    return storage_from_string(uri, wrap_exceptions=True, implementation="redispy")
+
+
+def read_settings() -> Settings:
+    """The settings. Ends the process with a line for each variable that is not allowed."""
+    load_dotenv()  # into the environment, so that HF_TOKEN and the like may stand there too
+    try:
+        return Settings()
+    except ValidationError as invalid:
+        problems = (f"{'.'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in invalid.errors())
+        sys.exit("Invalid settings. " + "; ".join(problems))
+
+
+def refuse_setting(variable: str, reason: object) -> NoReturn:
+    """Ends the process with one line that names the variable."""
+    sys.exit(f"Invalid settings. {variable}: {reason}")

@@ -1,0 +1,356 @@
+"""The text side of a sequence, from token ids alone: no model is loaded here.
+
+What a test calls a model is a list of tokens that are wanted in turn, or random ones; one that was
+rolled back at its place is passed over, as the sampler does.
+"""
+
+import random
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+
+from engine import Delta, PositionLogprobs, SamplingParams
+from engine.output import CONTEXT_TOKENS, MAX_ROLLBACKS, OutputProcessor
+from engine.request import Sequence
+from serving.content_filter import ContentFilter
+from tests.support import PROMPT, byte_tokens, ids, sequences, token, tokenizer
+
+END_OF_TEXT = 0
+ONE_TWO_THREE = [token(" one"), token(" two"), token(" three")]
+
+
+def processor(words: str = "") -> OutputProcessor:
+    text_filter = ContentFilter(words) if words else None
+    return OutputProcessor(tokenizer, text_filter, {END_OF_TEXT})
+
+
+def sequence(*, prompt: str = PROMPT, streams: bool = True, **params: Any) -> Sequence:
+    """One with its prompt, which is read to the processor as the engine does."""
+    (seq,) = sequences(
+        SamplingParams(**params), prompt=ids(prompt), streams=streams, prompt_text=prompt
+    )
+    return seq
+
+
+def feed(output: OutputProcessor, seq: Sequence, token_ids: Iterable[int]) -> list[Delta | None]:
+    """What each token gives, up to the one that ends the sequence."""
+    got: list[Delta | None] = []
+    for token_id in token_ids:
+        got.append(output.append(seq, token_id))
+        if got[-1] and got[-1].finish_reason:
+            break
+    return got
+
+
+def draw(output: OutputProcessor, seq: Sequence, choose: Callable[[], int]) -> list[Delta]:
+    """The deltas of a whole sequence; choose: what a model would say, again if that is banned."""
+    got: list[Delta] = []
+    while not got or not got[-1].finish_reason:
+        banned = seq.banned.get(len(seq.output_token_ids), [])
+        while (token_id := choose()) in banned:
+            pass
+        seq.logprobs.append(PositionLogprobs(token_id, -1.0, []))
+        if delta := output.append(seq, token_id):
+            got.append(delta)
+    return got
+
+
+def texts(got: Iterable[Delta | None]) -> list[str]:
+    return [delta.text if delta else "" for delta in got]
+
+
+# --- Deltas ---------------------------------------------------------------------------------------
+
+
+def test_stream_gives_each_token_at_once() -> None:
+    seq = sequence(max_new_tokens=3)
+    assert feed(processor(), seq, ONE_TWO_THREE) == [
+        Delta(0, " one", [ONE_TWO_THREE[0]], [], None),
+        Delta(0, " two", [ONE_TWO_THREE[1]], [], None),
+        Delta(0, " three", [ONE_TWO_THREE[2]], [], "length"),
+    ]
+
+
+def test_whole_answer_comes_with_the_last_token() -> None:
+    seq = sequence(streams=False, max_new_tokens=3)
+    whole = Delta(0, " one two three", ONE_TWO_THREE, [], "length")
+    assert feed(processor(), seq, ONE_TWO_THREE) == [None, None, whole]
+
+
+def test_index_counts_from_the_first_of_the_request() -> None:
+    first, second = sequences(count=2, streams=True)
+    first.request.first_index = 4
+    got = [processor().append(seq, ONE_TWO_THREE[0]) for seq in (first, second)]
+    assert [delta.index for delta in got if delta] == [4, 5]
+
+
+def test_no_new_tokens_end_at_once_and_without_any() -> None:
+    """The prompt's log probabilities were all that was asked for."""
+    seq = sequence(max_new_tokens=0)
+    assert feed(processor(), seq, ONE_TWO_THREE) == [Delta(0, "", [], [], "length")]
+    assert seq.output_token_ids == []
+
+
+def test_log_probabilities_go_with_their_tokens() -> None:
+    """The first byte of a character has no text yet; it comes with the second one."""
+    seq = sequence(max_new_tokens=3)
+    seq.logprobs = [PositionLogprobs(i, -1.0, []) for i in range(3)]
+    got = feed(processor(), seq, [*byte_tokens("é"), token("a")])
+    told = [[logprobs.token_id for logprobs in delta.logprobs] for delta in got if delta]
+    assert told == [[0, 1], [2]]
+
+
+# --- UTF-8 ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("character", ["é", "漢", "🦊"])
+def test_part_of_a_character_is_held_back(character: str) -> None:
+    spelled = byte_tokens(character)
+    got = feed(processor(), sequence(), spelled * 2)
+    nothing = [None] * (len(spelled) - 1)
+    whole = Delta(0, character, spelled, [], None)
+    assert got == [*nothing, whole, *nothing, whole]
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_part_of_a_character_at_the_end_is_left_out(streams: bool) -> None:
+    seq = sequence(streams=streams, max_new_tokens=4)
+    *_, last = feed(processor(), seq, [token("a"), *byte_tokens("🦊")[:3]])
+    assert last
+    assert (last.text, last.finish_reason) == ("" if streams else "a", "length")
+    assert seq.text == "a"
+
+
+def test_character_begun_in_the_prompt_is_not_ours() -> None:
+    seq = sequence()
+    seq.request.prompt_token_ids = byte_tokens("x🦊")[:3]
+    got = feed(processor(), seq, [token("a"), token("b")])
+    assert "".join(texts(got)).lstrip("\ufffd") == "ab"
+
+
+@pytest.mark.parametrize("ending", ["", "\ufffd", "🦊"])
+def test_prompt_is_not_repeated(ending: str) -> None:
+    """The decoder gave its whole context out with the first token."""
+    seq = sequence(prompt="Once upon " * CONTEXT_TOKENS + ending)
+    assert "".join(texts(feed(processor(), seq, ONE_TWO_THREE))) == " one two three"
+
+
+# --- How a text ends ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_end_of_text_stops_and_leaves_no_trace(streams: bool) -> None:
+    seq = sequence(streams=streams)
+    got = feed(processor(), seq, [*ONE_TWO_THREE, END_OF_TEXT, token(" never")])
+    assert len(got) == 4
+    assert "".join(texts(got)) == " one two three"
+    assert got[-1]
+    assert (got[-1].finish_reason, got[-1].token_ids[-1]) == ("stop", END_OF_TEXT)
+
+
+def test_end_of_text_is_what_the_processor_was_told() -> None:
+    seq, output = sequence(), processor()
+    output.eos_token_ids = {token(" two")}
+    got = feed(output, seq, [END_OF_TEXT, *ONE_TWO_THREE])
+    assert [delta.finish_reason for delta in got if delta] == [None, "stop"]
+
+
+def test_ignore_eos_goes_on() -> None:
+    seq = sequence(ignore_eos=True, max_new_tokens=4)
+    got = feed(processor(), seq, [token(" one"), END_OF_TEXT, token(" two"), END_OF_TEXT])
+    assert texts(got) == [" one", "", " two", ""]
+    assert got[-1]
+    assert got[-1].finish_reason == "length"
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        ((" three",), " one two"),
+        (("e t",), " on"),
+        (("two three one",), " one "),
+        (("three one", "two three o", "e one"), " one "),
+        (("o three one", "never"), " one tw"),
+        ((" one",), ""),
+        (("zero",), " one two three one two three"),
+        (("three on", "hree one two"), " one two "),
+    ],
+)
+def test_stop_string_cuts_before_it(stop: tuple[str, ...], text: str, streams: bool) -> None:
+    seq = sequence(stop=stop, streams=streams, max_new_tokens=6)
+    got = feed(processor(), seq, ONE_TWO_THREE * 2)
+    assert "".join(texts(got)) == text == seq.text
+    assert got[-1]
+    assert got[-1].finish_reason == ("length" if stop == ("zero",) else "stop")
+
+
+def test_beginning_of_a_stop_string_waits_for_what_follows() -> None:
+    """It goes out when no stop string can begin there any more, and not before."""
+    seq = sequence(stop=("cdx", "efabce", "fabcdef"))
+    got = feed(processor(), seq, map(token, "abcdef" * 3))
+    assert texts(got) == ["a", "b", "", "", "cd", "", "", "", "", "e", "", ""]
+    assert got[-1]
+    assert got[-1].finish_reason == "stop"
+
+
+def test_stop_string_that_does_not_come_is_given_in_the_end() -> None:
+    seq = sequence(stop=(" one two three four",), max_new_tokens=3)
+    assert texts(feed(processor(), seq, ONE_TWO_THREE)) == ["", "", " one two three"]
+
+
+@pytest.mark.parametrize("stop", [(" one",), (" one", "something longer that never comes")])
+def test_stop_string_before_min_tokens_does_not_count(stop: tuple[str, ...]) -> None:
+    seq = sequence(stop=stop, min_tokens=2)
+    assert "".join(texts(feed(processor(), seq, ONE_TWO_THREE * 2))) == " one two three"
+
+
+# --- The filter and its roll-backs ----------------------------------------------------------------
+
+
+def test_prompt_is_read_for_the_filter_alone() -> None:
+    prompt = ids("There was no vio")
+    assert processor().read_prompt(prompt) == ("", 0)
+    safe = len("There was no ")
+    assert processor("violence").read_prompt(prompt) == ("There was no vio", safe)
+
+
+def test_roll_back_bans_the_first_token_of_the_word() -> None:
+    output, seq = processor("hate*"), sequence(streams=False, prompt="I")
+    letters = list(map(token, " hate"))
+    assert feed(output, seq, [token(" one"), *letters]) == [None] * 6
+    assert seq.text == " one "
+    assert seq.banned == {2: [token("h")]}
+    assert seq.output_token_ids == [token(" one"), token(" ")]
+    assert (output.num_rollbacks, seq.num_rollbacks) == (1, 1)
+    assert seq.request.num_generated_tokens == 2
+
+
+def test_text_is_given_again_after_a_roll_back() -> None:
+    """The decoder begins anew, in the middle of the text."""
+    output, seq = processor("hate*"), sequence(prompt="I", max_new_tokens=6)
+    got = feed(output, seq, map(token, [" one", " ", "h", "a", "t", "e", "a", "t", "e", "s"]))
+    assert "".join(texts(got)) == " one ates"
+    assert seq.output_token_ids == list(map(token, [" one", " ", "a", "t", "e", "s"]))
+    assert got[-1]
+    assert got[-1].finish_reason == "length"
+
+
+def test_roll_back_forgets_what_was_banned_behind_it() -> None:
+    """There the text is another one now."""
+    output, seq = processor("hate*"), sequence(prompt="I", streams=False)
+    seq.banned = {0: [7], 1: [8], 5: [9]}
+    feed(output, seq, map(token, " hate"))
+    assert seq.banned == {0: [7], 1: [8, token("h")]}
+
+
+def test_roll_back_takes_log_probabilities_with_it() -> None:
+    output, seq = processor("hate*"), sequence(prompt="I", max_new_tokens=5)
+    script = iter(map(token, [" ", "h", "a", "t", "e", "a", "t", "e", "s"]))
+    got = draw(output, seq, lambda: next(script))
+    told = [logprobs.token_id for delta in got for logprobs in delta.logprobs]
+    assert told == [token_id for delta in got for token_id in delta.token_ids]
+    assert "".join(texts(got)) == " ates"
+
+
+def test_roll_back_finds_half_characters_again() -> None:
+    """A character that was begun before the word, and the word is rolled back, is whole in the
+    end."""
+    output, seq = processor("hate*"), sequence(prompt="I", max_new_tokens=9)
+    start, rest = byte_tokens("🦊")[:3], byte_tokens("🦊")[3:]
+    got = feed(output, seq, [*start, *rest, *map(token, " hate"), *map(token, "one ")])
+    assert "".join(texts(got)) == "🦊 one "
+
+
+@pytest.mark.parametrize("word", [" hate", " violence"])
+def test_word_split_anywhere_never_leaks(word: str) -> None:
+    """In two parts, and letter by letter; a stream has seen nothing of it."""
+    splits = [ids(word[:i]) + ids(word[i:]) for i in range(1, len(word))] + [[*map(token, word)]]
+    for split in splits:
+        output, seq = processor("hate*,violence"), sequence(prompt="I")
+        got = feed(output, seq, [token(" one"), *split, token(".")])
+        assert texts(got)[0] == " one"
+        assert "".join(texts(got)).strip(" .") == "one", split
+        assert output.num_rollbacks == 1, split
+
+
+@pytest.mark.parametrize("length", range(1, 8))
+def test_word_begun_in_the_prompt_never_leaks(length: int) -> None:
+    word = " violence"
+    output, seq = processor("violence*"), sequence(prompt="No" + word[:length])
+    got = feed(output, seq, ids(word[length:]))
+    assert texts(got) == [""] * len(got)
+    assert output.num_rollbacks == 1
+    assert seq.output_token_ids == []
+
+
+def test_exact_word_waits_for_its_end() -> None:
+    seq = sequence(prompt="I", max_new_tokens=3)
+    got = feed(processor("one"), seq, [token(" one"), token("s"), token("x")])
+    assert texts(got) == ["", " ones", "x"]
+
+
+def test_exact_word_at_the_very_end_is_rolled_back() -> None:
+    """Nothing follows, so the word is whole."""
+    output, seq = processor("one"), sequence(prompt="I", max_new_tokens=2)
+    assert texts(feed(output, seq, [token("s"), token(" one"), token("x")])) == ["s", "", "x"]
+    assert output.num_rollbacks == 1
+
+
+def test_stop_string_may_cut_what_the_filter_let_pass() -> None:
+    seq = sequence(stop=("bcde",))
+    got = feed(processor("hate*"), seq, map(token, "abcdef"))
+    assert "".join(texts(got)) == "a"
+    assert got[-1]
+    assert got[-1].finish_reason == "stop"
+
+
+def test_filter_off_lets_everything_pass() -> None:
+    assert "".join(texts(feed(processor(), sequence(), map(token, " hate")))) == " hate"
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("num_kept", [0, 3])
+def test_too_many_roll_backs_end_the_text(num_kept: int, streams: bool) -> None:
+    """One more than MAX_ROLLBACKS and the tokens that stay; what is in order is given."""
+    output = processor("hate*,love*")
+    seq = sequence(prompt="I", streams=streams, max_new_tokens=99)
+    kept, words = [token(" one")] * num_kept, [ids(" hate"), ids(" love")]
+    script = kept + (words[0] + words[1]) * MAX_ROLLBACKS * 2
+    got = feed(output, seq, script)
+    assert got[-1]
+    assert got[-1].finish_reason == "content_filter"
+    assert "".join(texts(got)) == " one" * num_kept
+    assert seq.num_rollbacks == MAX_ROLLBACKS + num_kept + 1 == output.num_rollbacks
+
+
+# --- Streamed and whole ---------------------------------------------------------------------------
+
+PIECES = [*"hate .", " h", "at", "ate", "ha", " one"]
+
+
+def random_texts(seed: int, **params: Any) -> tuple[list[Delta], Delta]:
+    """The parts of a stream and the whole, for a model that says PIECES and bytes at random."""
+    pieces = [*map(token, PIECES), *byte_tokens("é🦊")]
+    both = []
+    for streams in (True, False):
+        rng = random.Random(seed)
+        seq = sequence(prompt="I", streams=streams, max_new_tokens=30, **params)
+        both.append(draw(processor("hate*,at,eat*"), seq, lambda rng=rng: rng.choice(pieces)))
+    parts, (whole,) = both
+    return parts, whole
+
+
+@pytest.mark.parametrize("stop", [(), ("e hh", "tteh", "hath", "aa")])
+def test_parts_together_are_the_whole_and_nothing_leaks(stop: tuple[str, ...]) -> None:
+    content_filter = ContentFilter("hate*,at,eat*")
+    for seed in range(100):
+        parts, whole = random_texts(seed, stop=stop)
+        assert "".join(texts(parts)) == whole.text
+        assert [t for delta in parts for t in delta.token_ids] == whole.token_ids
+        assert [p for delta in parts for p in delta.logprobs] == whole.logprobs
+        assert parts[-1].finish_reason == whole.finish_reason
+        so_far = ["".join(texts(parts[:end])) for end in range(len(parts) + 1)]
+        assert [text for text in so_far if content_filter.find("I" + text)] == []
+        assert not any(s in text for s in stop for text in so_far)

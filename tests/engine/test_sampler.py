@@ -1,0 +1,201 @@
+"""The sampler against its definitions, on logits made up here; no model."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine import SamplingParams
+from engine.request import Sequence
+from engine.sampler import _keep_likeliest, edit_logits, sample
+from tests.support import sequences
+
+
+def random_logits(rows: int, vocab: int, seed: int = 0) -> Tensor:
+    """(rows, vocab) float32 with the ties that bfloat16 logits have."""
+    generator = torch.Generator().manual_seed(seed)
+    return (3 * torch.randn(rows, vocab, generator=generator)).bfloat16().float()
+
+
+def draws(logits: Tensor, params: SamplingParams, count: int) -> Tensor:
+    """How often each token is drawn from one row of logits (vocab,): (vocab,) counts."""
+    counts = torch.zeros(len(logits), dtype=torch.int64)
+    for start in range(0, count, 500):
+        seqs = [sequences(params, seed=start + i)[0] for i in range(500)]
+        drawn = sample(logits.repeat(500, 1), seqs)
+        counts += torch.bincount(torch.tensor(drawn), minlength=len(logits))
+    return counts
+
+
+def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
+    """What `draws` should follow, by the definitions: (vocab,) float64."""
+    weights = torch.softmax(logits.double() / params.temperature, dim=-1)
+    order = weights.argsort(descending=True, stable=True)
+    if params.top_k:
+        weights[order[params.top_k :]] = 0
+    weights /= weights.sum()
+    before = weights[order].cumsum(-1) - weights[order]
+    weights[order[before >= params.top_p]] = 0
+    weights[weights < params.min_p * weights.max()] = 0
+    return weights / weights.sum()
+
+
+def edited(logits: Tensor, seq: Sequence, eos: tuple[int, ...] = ()) -> Tensor:
+    """One row of logits (vocab,) after `edit_logits`."""
+    rows = logits[None].clone()
+    edit_logits(rows, [seq], set(eos))
+    return rows[0]
+
+
+def test_edit_logits_repetition_penalty() -> None:
+    """CTRL's formula: of what is in prompt or output, once, positive logits shrink."""
+    params = SamplingParams(repetition_penalty=2.0)
+    (seq,) = sequences(params, prompt=[0, 1, 1], output=(2, 2))
+    got = edited(torch.tensor([4.0, -4.0, 3.0, 5.0]), seq)
+    assert got.tolist() == [2.0, -8.0, 1.5, 5.0]
+
+
+def test_edit_logits_presence_and_frequency_penalty() -> None:
+    """OpenAI's formula: of the output alone."""
+    params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
+    (seq,) = sequences(params, prompt=[0], output=(1, 2, 2, 2))
+    got = edited(torch.tensor([1.0, 1.0, 1.0, 1.0]), seq)
+    assert got.tolist() == [1.0, 0.25, -0.25, 1.0]
+
+
+def test_edit_logits_bias_is_added() -> None:
+    (seq,) = sequences(SamplingParams(logit_bias={1: 5.0, 2: -float("inf")}))
+    assert edited(torch.ones(3), seq).tolist() == [1.0, 6.0, -float("inf")]
+
+
+@pytest.mark.parametrize(("num_output", "is_blocked"), [(0, True), (2, True), (3, False)])
+def test_edit_logits_min_tokens_blocks_end_of_text(num_output: int, is_blocked: bool) -> None:
+    (seq,) = sequences(SamplingParams(min_tokens=3), output=(1,) * num_output)
+    got = edited(torch.ones(5), seq, eos=(0, 4))
+    assert [value == -float("inf") for value in got[[0, 4]]] == [is_blocked] * 2
+    assert got[1:4].tolist() == [1, 1, 1]
+
+
+def test_edit_logits_min_tokens_without_end_of_text() -> None:
+    (seq,) = sequences(SamplingParams(min_tokens=3))
+    assert edited(torch.ones(5), seq).tolist() == [1] * 5
+
+
+def test_edit_logits_leaves_the_other_rows_alone() -> None:
+    params = SamplingParams(repetition_penalty=2.0, logit_bias={1: 1.0}, presence_penalty=1.0)
+    seqs = [*sequences(), *sequences(params, output=(2,)), *sequences()]
+    logits = torch.ones(3, 4)
+    edit_logits(logits, seqs, {0})
+    assert logits[[0, 2]].tolist() == [[1] * 4] * 2
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0),
+        SamplingParams(temperature=0, top_k=50, top_p=0.1),
+        SamplingParams(top_k=1),
+        SamplingParams(temperature=2, top_k=1),
+        SamplingParams(top_p=1e-9),
+        SamplingParams(top_k=50, top_p=1e-9),
+        SamplingParams(top_k=2000, top_p=1e-9),
+        SamplingParams(min_p=1),
+        SamplingParams(temperature=1e-6),
+        SamplingParams(temperature=1e-300),
+    ],
+)
+def test_sample_only_the_likeliest(params: SamplingParams) -> None:
+    logits = torch.randn(8, 5000, generator=torch.Generator().manual_seed(0))
+    seqs = [sequences(params, seed=seed)[0] for seed in range(8)]
+    assert sample(logits, seqs) == logits.argmax(-1).tolist()
+
+
+def test_sample_min_p_drops_the_unlikely() -> None:
+    logits = torch.log(torch.tensor([0.5, 0.26, 0.24] + [1e-9] * 97))
+    counts = draws(logits, SamplingParams(min_p=0.5), 500)
+    assert counts[:2].min() > 0
+    assert counts[2:].sum() == 0
+
+
+@pytest.mark.parametrize("top_k", [0, 3, 100])
+def test_sample_never_draws_what_is_banned(top_k: int) -> None:
+    logits = random_logits(1, 2000)[0]
+    likeliest = int(logits.argmax())
+    params = SamplingParams(top_k=top_k, logit_bias={likeliest: -float("inf")})
+    counts = draws(edited(logits, sequences(params)[0]), params, 500)
+    assert counts[likeliest] == 0
+
+
+def test_sample_large_logits_do_not_overflow() -> None:
+    logits = torch.full((1, 100), -1e30)
+    logits[0, 7] = 1e30
+    assert sample(logits, sequences(SamplingParams(temperature=0.01))) == [7]
+
+
+FLAT = torch.linspace(0, 0.5, 5000)  # the nucleus of 0.9 has some 4,400 tokens
+PEAKED = random_logits(1, 5000, seed=5)[0]
+
+
+@pytest.mark.parametrize(
+    ("logits", "params"),
+    [
+        (PEAKED, SamplingParams()),
+        (PEAKED, SamplingParams(temperature=0.7)),
+        (PEAKED, SamplingParams(top_k=40)),
+        (PEAKED, SamplingParams(top_k=64, top_p=0.8)),
+        (PEAKED, SamplingParams(top_k=200)),
+        (PEAKED, SamplingParams(top_p=0.7, temperature=0.8)),
+        (PEAKED, SamplingParams(top_p=0.9, min_p=0.1)),
+        (FLAT, SamplingParams(top_p=0.9)),
+        (FLAT, SamplingParams(top_k=3000, top_p=0.9)),
+        (FLAT, SamplingParams()),
+    ],
+)
+def test_sample_follows_the_distribution(logits: Tensor, params: SamplingParams) -> None:
+    """Pearson's test over ten groups of tokens of about equal probability."""
+    expected = probabilities(logits, params)
+    counts = draws(logits, params, 1000)
+    assert counts[expected == 0].sum() == 0
+    order = expected.argsort(descending=True)
+    group = (expected[order].cumsum(-1) * 10 - 1e-9).long().clamp(max=9)
+    wanted = torch.zeros(10, dtype=torch.float64).index_add(0, group, expected[order] * 1000)
+    got = torch.zeros(10, dtype=torch.float64).index_add(0, group, counts[order].double())
+    kept = wanted > 0
+    statistic = ((got - wanted)[kept] ** 2 / wanted[kept]).sum()
+    assert statistic < 30, f"{got.tolist()} instead of {wanted.tolist()}"
+
+
+@pytest.mark.parametrize("limit", [0, 1e-9, 0.5, 1.0, 2.75, 100, 1e9])
+@pytest.mark.parametrize(
+    "weights", [PEAKED.exp(), FLAT.exp(), torch.ones(300), torch.eye(1, 300)[0]]
+)
+def test_keep_likeliest_keeps_what_sorting_would(weights: Tensor, limit: float) -> None:
+    """Of equal ones the first; the last one kept may reach beyond the limit."""
+    order = weights.argsort(descending=True, stable=True)
+    before = weights[order].double().cumsum(0) - weights[order]
+    expected = torch.zeros_like(weights)
+    num_kept = max(1, int((before < limit).sum()))
+    expected[order[:num_kept]] = weights[order[:num_kept]]
+    kept = weights.clone()
+    _keep_likeliest(kept, weights, limit)
+    assert kept.tolist() == expected.tolist()
+
+
+MIXED = [
+    SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    for temperature in (0, 0.5, 1.3)
+    for top_k in (0, 50, 100, 1500)
+    for top_p in (1, 0.9, 0.999)
+    for min_p in (0, 0.02)
+]
+
+
+@pytest.mark.parametrize("vocab", [50, 500, 5000])
+def test_sample_row_does_not_depend_on_the_others(vocab: int) -> None:
+    logits = random_logits(len(MIXED), vocab)
+    seeded = list(enumerate(MIXED))
+    together = sample(logits.clone(), [sequences(params, seed=i)[0] for i, params in seeded])
+    alone = [sample(logits[i : i + 1], sequences(params, seed=i))[0] for i, params in seeded]
+    differ = [
+        (MIXED[i], a, b) for i, (a, b) in enumerate(zip(alone, together, strict=True)) if a != b
+    ]
+    assert not differ

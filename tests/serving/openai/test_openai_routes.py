@@ -1,0 +1,719 @@
+"""The `/v1` routes, through OpenAI's own client on a real uvicorn.
+
+The model is the bundled one in float32, so that its log probabilities can be compared with
+those of a direct forward pass; chat is tested on a tiny Llama with a template, built here.
+"""
+
+import asyncio
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+from openai import AsyncOpenAI, OpenAI
+from transformers import AutoTokenizer
+
+import main
+from backends.local import LocalBackend
+from engine import Engine
+from serving.content_filter import ContentFilter
+from tests.support import (
+    FOLDER,
+    NAME,
+    PROMPT,
+    fail,
+    ids,
+    load,
+    serve_in_thread,
+    tiny_llama,
+    tokenizer,
+    wait_until,
+)
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' and not loop.first %}"
+    "{{ raise_exception('system first') }}{% endif %}"
+    "[{{ m.role }}]{{ m.content }}\n{% endfor %}[assistant]"
+)
+
+
+@pytest.fixture(scope="module")
+def backends() -> Iterator[dict[str, LocalBackend]]:
+    """Two models in float32: the bundled one, and a chat model."""
+    chat_tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    chat_tokenizer.chat_template = TEMPLATE
+    models = {NAME: (load(), tokenizer), "org/chat": (tiny_llama(), chat_tokenizer)}
+    made = {
+        name: LocalBackend(
+            name,
+            SimpleNamespace(model=model, tokenizer=tokenizer_),
+            Engine(model, tokenizer_, text_filter=main.content_filter),
+            content_filter=main.content_filter,
+            request_timeout_seconds=60,
+        )
+        for name, (model, tokenizer_) in models.items()
+    }
+    yield made
+    for each in made.values():
+        each.stop()
+
+
+@pytest.fixture(scope="module")
+def address(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The service with these two models; or another one, for which test_ray.py runs the tests
+    marked `contract` again."""
+    if elsewhere := os.environ.get("SERVICE_ADDRESS"):
+        yield elsewhere
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main.registry, "backends", request.getfixturevalue("backends"))
+        with serve_in_thread(main.app) as address:
+            yield address
+
+
+@pytest.fixture
+def engine(backends: dict[str, LocalBackend]) -> Engine:
+    return backends[NAME].engine
+
+
+@pytest.fixture
+def client(address: str) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    return load().eval()
+
+
+def complete(client: OpenAI, **params: Any) -> Any:
+    defaults = {"model": NAME, "prompt": PROMPT, "max_tokens": 12, "seed": 1}
+    return client.completions.create(**{**defaults, **params})
+
+
+def chat(client: OpenAI, *contents: str, **params: Any) -> Any:
+    messages = [{"role": "user", "content": content} for content in contents or ("Hello",)]
+    defaults = {"model": "org/chat", "messages": messages, "max_tokens": 12, "seed": 1}
+    return client.chat.completions.create(**{**defaults, **params})
+
+
+# --- /v1/completions ----------------------------------------------------------------------------
+
+
+@pytest.mark.contract
+def test_completion_has_every_field(client: OpenAI) -> None:
+    answer = complete(client, logit_bias={"0": -100})
+    assert answer.id.startswith("cmpl-")
+    assert (answer.object, answer.model) == ("text_completion", NAME)
+    assert answer.system_fingerprint.startswith("fp_")
+    assert abs(answer.created - time.time()) < 100
+    (choice,) = answer.choices
+    assert (choice.index, choice.finish_reason, choice.logprobs) == (0, "length", None)
+    assert choice.text
+    assert not choice.text.startswith(PROMPT)
+    assert answer.usage.prompt_tokens == len(ids(PROMPT))
+    assert answer.usage.completion_tokens == 12
+    assert answer.usage.total_tokens == 12 + len(ids(PROMPT))
+    assert complete(client).id != answer.id
+
+
+@pytest.mark.contract
+def test_completion_prompt_forms_agree(client: OpenAI) -> None:
+    forms = [PROMPT, [PROMPT], ids(PROMPT), [ids(PROMPT)]]
+    texts = {complete(client, prompt=prompt).choices[0].text for prompt in forms}
+    assert len(texts) == 1
+
+
+@pytest.mark.contract
+def test_completion_several_prompts_answer_in_order(client: OpenAI) -> None:
+    prompts = [PROMPT, "The old king", "A fox", "In the wood"]
+    alone = [complete(client, prompt=prompt, n=2) for prompt in prompts]
+    together = complete(client, prompt=prompts, n=2)
+    assert [choice.index for choice in together.choices] == list(range(8))
+    expected = [choice.text for answer in alone for choice in answer.choices]
+    assert [choice.text for choice in together.choices] == expected
+    assert together.usage.prompt_tokens == sum(len(ids(prompt)) for prompt in prompts)
+    assert together.usage.completion_tokens == sum(a.usage.completion_tokens for a in alone)
+
+
+@pytest.mark.contract
+def test_completion_n_draws_different_texts(client: OpenAI) -> None:
+    answer = complete(client, n=4, max_tokens=20)
+    assert len({choice.text for choice in answer.choices}) == 4
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+
+
+@pytest.mark.contract
+def test_completion_stream_says_what_the_whole_answer_says(client: OpenAI) -> None:
+    params = {"prompt": [PROMPT, "The old king"], "n": 2, "logprobs": 2, "max_tokens": 20}
+    whole = complete(client, **params)
+    texts, tokens, ends = {}, {}, {}
+    *chunks, last = complete(client, **params, stream=True, stream_options={"include_usage": True})
+    for chunk in chunks:
+        (choice,) = chunk.choices
+        texts[choice.index] = texts.get(choice.index, "") + choice.text
+        tokens.setdefault(choice.index, []).extend(choice.logprobs.tokens)
+        ends[choice.index] = choice.finish_reason
+        assert (chunk.id, chunk.usage) == (chunks[0].id, None)
+    assert texts == {choice.index: choice.text for choice in whole.choices}
+    assert tokens == {choice.index: choice.logprobs.tokens for choice in whole.choices}
+    assert ends == {choice.index: choice.finish_reason for choice in whole.choices}
+    assert (last.choices, last.usage) == ([], whole.usage)
+
+
+@pytest.mark.contract
+def test_completion_stream_ends_with_done(address: str) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 5, "stream": True}
+    answer = httpx.post(f"{address}/v1/completions", json=body)
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert answer.text.endswith("\n\ndata: [DONE]\n\n")
+    assert '"usage": null' in answer.text
+
+
+@pytest.mark.contract
+def test_completion_continuous_usage_counts_up(client: OpenAI) -> None:
+    options: Any = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = complete(client, stream=True, stream_options=options)
+    counts = [chunk.usage.completion_tokens for chunk in chunks]
+    assert counts == sorted(counts)
+    assert counts[0] < counts[-1] == counts[-2]
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("streams", [False, True])
+def test_completion_echo(client: OpenAI, streams: bool) -> None:
+    plain = complete(client).choices[0].text
+    answer = complete(client, echo=True, stream=streams)
+    chunks = answer if streams else [answer]
+    assert "".join(chunk.choices[0].text for chunk in chunks) == PROMPT + plain
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, "Où est le café ? 🦊", [0, *ids("A fox")]])
+def test_completion_scores_a_prompt_as_the_model_does(
+    client: OpenAI, reference: Any, prompt: Any
+) -> None:
+    answer = complete(client, prompt=prompt, max_tokens=0, echo=True, logprobs=5)
+    (choice,) = answer.choices
+    token_ids = ids(prompt) if isinstance(prompt, str) else prompt
+    with torch.inference_mode():
+        logprobs = reference(torch.tensor([token_ids])).logits[0].log_softmax(-1)
+    expected = [logprobs[i, token].item() for i, token in enumerate(token_ids[1:])]
+    scored = choice.logprobs
+    assert scored.token_logprobs[0] is scored.top_logprobs[0] is None
+    assert scored.token_logprobs[1:] == pytest.approx(expected, abs=1e-3)
+    for i, top in enumerate(scored.top_logprobs[1:]):
+        values = logprobs[i].topk(5).values.tolist()
+        assert sorted(top.values(), reverse=True)[:5] == pytest.approx(values, abs=1e-3)
+    assert choice.text == tokenizer.decode(token_ids)
+    assert (choice.finish_reason, answer.usage.completion_tokens) == ("length", 0)
+    assert len(scored.tokens) == len(scored.text_offset) == len(token_ids)
+
+
+def test_completion_logprobs_of_generated_tokens(client: OpenAI, reference: Any) -> None:
+    answer = complete(client, temperature=0, logprobs=3, max_tokens=20, echo=True)
+    (choice,) = answer.choices
+    written = choice.logprobs
+    for i, token in enumerate(written.tokens[len(ids(PROMPT)) :], start=len(ids(PROMPT))):
+        assert max(written.top_logprobs[i], key=written.top_logprobs[i].get) == token
+    token_ids = ids(choice.text)
+    with torch.inference_mode():
+        logprobs = reference(torch.tensor([token_ids])).logits[0].log_softmax(-1)
+    if choice.finish_reason == "length" and len(token_ids) == len(written.tokens):
+        expected = [logprobs[i, token].item() for i, token in enumerate(token_ids[1:])]
+        assert written.token_logprobs[1:] == pytest.approx(expected, abs=1e-3)
+    for start, token in zip(written.text_offset, written.tokens, strict=True):
+        assert choice.text.startswith(token, start) or token.startswith(("bytes:", "<|"))
+
+
+@pytest.mark.contract
+def test_completion_token_that_is_no_character_is_written_in_bytes(client: OpenAI) -> None:
+    answer = complete(client, prompt="🦊", max_tokens=0, echo=True, logprobs=0)
+    tokens = answer.choices[0].logprobs.tokens
+    raw = b"".join(
+        bytes.fromhex(t.removeprefix("bytes:").replace("\\x", "")) if t[:6] == "bytes:"
+        else t.encode()
+        for t in tokens
+    )  # fmt: skip
+    assert raw.decode() == "🦊"
+    assert len(tokens) > 1
+
+
+@pytest.mark.contract
+def test_completion_best_of_gives_the_likeliest(client: OpenAI) -> None:
+    drawn = complete(client, n=6, logprobs=0, max_tokens=10).choices
+    means = [sum(c.logprobs.token_logprobs) / len(c.logprobs.token_logprobs) for c in drawn]
+    best = sorted(range(6), key=lambda i: -means[i])[:2]
+    answer = complete(client, n=2, best_of=6, max_tokens=10)
+    assert [choice.text for choice in answer.choices] == [drawn[i].text for i in best]
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    assert answer.choices[0].logprobs is None
+    assert answer.usage.completion_tokens > 20
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("stop", ["e", ["zzzz", "e", "a"]])
+def test_completion_stop(client: OpenAI, stop: Any) -> None:
+    whole = complete(client, max_tokens=30).choices[0]
+    cut = complete(client, max_tokens=30, stop=stop).choices[0]
+    marks = [stop] if isinstance(stop, str) else stop
+    assert cut.finish_reason == "stop"
+    assert cut.text == whole.text[: min(whole.text.find(m) for m in marks if m in whole.text)]
+
+
+@pytest.mark.contract
+def test_completion_seed_reproduces(client: OpenAI) -> None:
+    texts = [complete(client, seed=seed).choices[0].text for seed in (5, 5, 6)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.contract
+def test_completion_logit_bias_and_penalties(client: OpenAI) -> None:
+    (king,) = ids(" king")
+    params = {"logit_bias": {str(king): 100}, "temperature": 0, "max_tokens": 3}
+    assert complete(client, **params).choices[0].text == " king" * 3
+    params |= {"logit_bias": {str(king): 100, str(ids(" fox")[0]): 100}, "max_tokens": 20}
+    text = complete(client, **params, frequency_penalty=2).choices[0].text
+    assert set(text.split()) == {"king", "fox"}
+
+
+@pytest.mark.contract
+def test_completion_extensions(client: OpenAI) -> None:
+    extra = {"top_k": 1, "min_p": 0.1, "repetition_penalty": 1.3, "ignore_eos": True}
+    answer = complete(client, max_tokens=9, extra_body=extra, logit_bias={"0": 100})
+    assert answer.usage.completion_tokens == 9
+    ends = complete(client, max_tokens=9, logit_bias={"0": 100})
+    assert (ends.choices[0].text, ends.choices[0].finish_reason) == ("", "stop")
+    assert ends.usage.completion_tokens == 1
+    late = complete(client, max_tokens=9, logit_bias={"0": 100}, extra_body={"min_tokens": 4})
+    assert late.usage.completion_tokens == 5
+
+
+@pytest.mark.contract
+def test_completion_ignores_what_changes_nothing(client: OpenAI) -> None:
+    extra = {
+        "metadata": {"a": "b"},
+        "store": True,
+        "logit_bias": None,
+        "suffix": None,
+        "stop": None,
+    }
+    answer = complete(client, user="someone", extra_body=extra)
+    assert answer.choices[0].text == complete(client).choices[0].text
+
+
+@pytest.mark.contract
+def test_completion_without_a_model_takes_the_default(address: str) -> None:
+    answer = httpx.post(f"{address}/v1/completions", json={"prompt": "A"})
+    assert (answer.status_code, answer.json()["model"]) == (200, NAME)
+
+
+# --- Errors -------------------------------------------------------------------------------------
+
+INVALID: list[tuple[dict[str, Any], str | None]] = [
+    ({"prompt": []}, "prompt"),
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": [[]]}, "prompt"),
+    ({"prompt": [1, "a"]}, "prompt"),
+    ({"prompt": ["a", [1]]}, "prompt"),
+    ({"prompt": [True]}, "prompt"),
+    ({"prompt": [-1]}, "prompt"),
+    ({"prompt": [8192]}, "prompt"),
+    ({"prompt": "a\0"}, "prompt"),
+    ({"prompt": ["a"] * 257}, "prompt"),
+    ({"max_tokens": -1}, "max_tokens"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": "3"}, "max_tokens"),
+    ({"temperature": 2.1}, "temperature"),
+    ({"top_p": 0}, "top_p"),
+    ({"n": 0}, "n"),
+    ({"n": 9}, "n"),
+    ({"n": 2, "best_of": 1}, "best_of"),
+    ({"best_of": 2, "stream": True}, "best_of"),
+    ({"logprobs": 6}, "logprobs"),
+    ({"stop": ["a"] * 5}, "stop"),
+    ({"stop": ""}, "stop"),
+    ({"seed": -1}, "seed"),
+    ({"presence_penalty": 3}, "presence_penalty"),
+    ({"logit_bias": {"8192": 1}}, "logit_bias"),
+    ({"logit_bias": {"king": 1}}, "logit_bias"),
+    ({"logit_bias": {"1": 101}}, "logit_bias"),
+    ({"suffix": "end"}, "suffix"),
+    ({"stream_options": {"unknown": 1}}, "stream_options"),
+    ({"unknown": 1}, "unknown"),
+    ({"top_k": 8193}, "top_k"),
+    ({"min_tokens": 13}, "min_tokens"),
+    ({"min_p": 2}, "min_p"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+]
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize(("params", "param"), INVALID)
+def test_error_invalid_names_the_field(
+    client: OpenAI, params: dict[str, Any], param: str | None
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        complete(client, extra_body=params)
+    error = caught.value
+    assert (error.status_code, error.type, error.param) == (400, "invalid_request_error", param)
+    assert param in error.message
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("content", ["", "[]", "{", "nothing", '{"prompt": "\\ud800"}'])
+def test_error_body_that_is_no_request(address: str, content: str) -> None:
+    headers = {"content-type": "application/json"}
+    answer = httpx.post(f"{address}/v1/completions", content=content, headers=headers)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.contract
+def test_error_context_length_tells_both_numbers(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        complete(client, prompt=[1] * 510, max_tokens=3)
+    assert caught.value.code == "context_length_exceeded"
+    assert "512 tokens" in caught.value.message
+    assert "513 tokens (510 in your prompt; 3 for the completion)" in caught.value.message
+    assert complete(client, prompt=[1] * 510, max_tokens=2).usage.prompt_tokens == 510
+    scored = complete(client, prompt=[1] * 512, max_tokens=0, echo=True, logprobs=0)
+    assert len(scored.choices[0].logprobs.tokens) == 512
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize(
+    "prompt", ["I hate it", ["Fine", "I h.a.t.e it"], ids("hateful people"), [ids("violence")]]
+)
+@pytest.mark.parametrize("streams", [False, True])
+def test_error_forbidden_prompt_in_every_form(client: OpenAI, prompt: Any, streams: bool) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        complete(client, prompt=prompt, stream=streams)
+    assert (caught.value.code, caught.value.param) == ("content_filter", "prompt")
+
+
+@pytest.mark.contract
+def test_error_word_split_by_a_special_token(client: OpenAI) -> None:
+    """The model reads past a special token; so does the filter."""
+    for prompt in ("I ha<|endoftext|>te you", [*ids("I ha"), 0, *ids("te you")]):
+        with pytest.raises(openai.BadRequestError) as caught:
+            complete(client, prompt=prompt)
+        assert caught.value.code == "content_filter"
+
+
+@pytest.mark.contract
+def test_error_megabyte_is_refused_unread(client: OpenAI) -> None:
+    started_seconds = time.monotonic()
+    with pytest.raises(openai.BadRequestError, match="maximum context length") as caught:
+        complete(client, prompt="h.a.t." * 160_000)
+    assert caught.value.code == "context_length_exceeded"
+    assert time.monotonic() - started_seconds < 1
+
+
+def test_logprobs_hold_no_forbidden_word(client: OpenAI) -> None:
+    """A stop string cut the word off before the filter saw it; the logprobs had it all."""
+    pieces = {str(token): 40 for word in (" hate", "hate") for token in ids(word)}
+    for stop in ("ha", " h", "ate"):
+        answer = complete(client, prompt="I", logit_bias=pieces, stop=stop, logprobs=5)
+        written = json.dumps(answer.choices[0].model_dump())
+        assert "hate" not in written
+        tokens = answer.choices[0].logprobs.tokens
+        assert main.content_filter.find("".join(tokens)) is None
+
+
+def test_output_filter_ends_with_content_filter(
+    client: OpenAI, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ",".join(f"{letter}*" for letter in "abcdefghijklmnopqrstuvwxyz")
+    monkeypatch.setattr(engine.output, "text_filter", ContentFilter(words))
+    answer = complete(client, max_tokens=200, extra_body={"ignore_eos": True})
+    assert answer.choices[0].finish_reason == "content_filter"
+
+
+@pytest.mark.contract
+def test_error_unknown_model_is_404(client: OpenAI) -> None:
+    calls = (
+        lambda: complete(client, model="nobody"),
+        lambda: chat(client, model="nobody"),
+        lambda: client.models.retrieve("nobody"),
+    )
+    for call in calls:
+        with pytest.raises(openai.NotFoundError) as caught:
+            call()
+        assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+        assert "nobody" not in caught.value.message
+
+
+@pytest.mark.contract
+def test_error_unknown_route_and_method(address: str) -> None:
+    for method, path, status in (("GET", "nothing", 404), ("GET", "completions", 405)):
+        answer = httpx.request(method, f"{address}/v1/{path}")
+        assert answer.status_code == status
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.contract
+def test_error_body_too_large(address: str) -> None:
+    answer = httpx.post(f"{address}/v1/completions", json={"prompt": "a" * 1_000_001})
+    assert answer.status_code == 413
+    assert "1000000 bytes" in answer.json()["error"]["message"]
+
+
+def test_error_failing_model(
+    client: OpenAI, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine.model, "forward", fail)
+    with pytest.raises(openai.InternalServerError) as caught:
+        complete(client)
+    assert caught.value.type == "server_error"
+    assert "Model inference failed" in caught.value.message
+    with pytest.raises(openai.APIError, match="Model inference failed"):
+        list(complete(client, stream=True))
+    monkeypatch.undo()
+    assert complete(client).choices[0].text
+
+
+def test_error_overload_is_503_with_retry_after(
+    client: OpenAI, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine.scheduler, "max_queue_size", 1)
+    monkeypatch.setattr(engine.scheduler, "max_num_seqs", 1)
+    with pytest.raises(openai.InternalServerError) as caught:
+        complete(client, prompt=["A", "B", "C"])
+    assert caught.value.status_code == 503
+    assert caught.value.response.headers["retry-after"] == "1"
+    assert complete(client, prompt="A").choices[0].text
+
+
+def test_stream_closed_early_frees_its_places(client: OpenAI, engine: Engine) -> None:
+    answer = complete(client, n=4, max_tokens=400, stream=True, extra_body={"ignore_eos": True})
+    next(iter(answer))
+    assert engine.num_running == 4
+    answer.close()
+    wait_until(lambda: engine.num_running == 0)
+    assert engine.num_waiting == 0
+
+
+def test_stream_is_pinged(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.streams.PING_SECONDS", 0.001)
+    body = {"prompt": PROMPT, "max_tokens": 100, "stream": True}
+    answer = httpx.post(f"{address}/v1/completions", json=body)
+    assert "\n\n: ping\n\n" in answer.text
+    with OpenAI(base_url=f"{address}/v1", api_key="none") as client:
+        assert "".join(c.choices[0].text for c in complete(client, stream=True))
+
+
+def test_async_client_many_at_once(address: str) -> None:
+    async def ask() -> list[str]:
+        async with AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+
+            async def one(seed: int) -> str:
+                params = {"model": NAME, "prompt": PROMPT, "max_tokens": 15, "seed": seed // 2}
+                if seed % 2:
+                    return (await client.completions.create(**params)).choices[0].text
+                chunks = await client.completions.create(**params, stream=True)
+                return "".join([chunk.choices[0].text async for chunk in chunks])
+
+            return await asyncio.gather(*map(one, range(20)))
+
+    texts = asyncio.run(ask())
+    assert texts[::2] == texts[1::2]
+    assert len(set(texts)) == 10
+
+
+# --- /v1/chat/completions -----------------------------------------------------------------------
+
+
+def test_chat_has_every_field(client: OpenAI) -> None:
+    answer = chat(client, logprobs=True, top_logprobs=2, n=2)
+    assert answer.id.startswith("chatcmpl-")
+    assert (answer.object, answer.model) == ("chat.completion", "org/chat")
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    choice = answer.choices[0]
+    assert choice.message.role == "assistant"
+    assert choice.finish_reason in ("stop", "length")
+    content = choice.logprobs.content
+    assert all(len(token.top_logprobs) == 2 for token in content)
+    assert (
+        bytes(b for t in content for b in t.bytes)
+        .decode(errors="replace")
+        .startswith(choice.message.content.rstrip("�")[:3])
+    )
+    assert answer.usage.prompt_tokens == len(ids("[user]Hello\n[assistant]"))
+
+
+def test_chat_is_the_completion_of_the_template(client: OpenAI) -> None:
+    messages: Any = [
+        {"role": "developer", "content": "Be brief."},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}],
+        },
+        {"role": "assistant", "content": "Hi."},
+        {"role": "user", "content": "Again"},
+    ]
+    text = "[system]Be brief.\n[user]Hello\n[assistant]Hi.\n[user]Again\n[assistant]"
+    expected = complete(client, model="org/chat", prompt=text).choices[0].text
+    assert chat(client, messages=messages).choices[0].message.content == expected
+
+
+def test_chat_stream_says_what_the_whole_answer_says(client: OpenAI) -> None:
+    whole = chat(client, max_completion_tokens=30).choices[0]
+    chunks = list(chat(client, max_completion_tokens=30, stream=True))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert (text, chunks[-1].choices[0].finish_reason) == (
+        whole.message.content,
+        whole.finish_reason,
+    )
+    assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
+
+
+def test_chat_takes_its_own_answer_back(client: OpenAI) -> None:
+    """The client sends an answer back with the null fields that it came with."""
+    first = {"role": "user", "content": "Hello"}
+    said = chat(client).choices[0].message
+    messages: Any = [first, said, {"role": "user", "content": "Again"}]
+    assert chat(client, messages=messages).choices[0].finish_reason
+
+
+def test_chat_without_a_limit_fills_the_context(client: OpenAI) -> None:
+    answer = chat(client, max_tokens=None, extra_body={"ignore_eos": True})
+    assert answer.usage.total_tokens == 256
+    assert answer.choices[0].finish_reason == "length"
+
+
+def test_chat_without_a_template_is_a_clear_400(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="/v1/completions"):
+        chat(client, model=NAME)
+
+
+@pytest.mark.parametrize(
+    ("params", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages"),
+        ({"messages": [{"role": r, "content": "a"} for r in ("user", "system")]}, "messages"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ],
+)
+def test_chat_invalid_names_the_field(client: OpenAI, params: Any, param: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(client, extra_body=params)
+    assert caught.value.param == param
+
+
+def test_chat_forbidden_message(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(client, "Hello", "I hate it")
+    assert caught.value.code == "content_filter"
+
+
+# --- /v1/models ---------------------------------------------------------------------------------
+
+
+def test_models_are_listed_and_retrieved(client: OpenAI) -> None:
+    listed = list(client.models.list())
+    assert [model.id for model in listed] == [NAME, "org/chat"]
+    assert [model.owned_by for model in listed] == ["local", "org"]
+    for model in listed:
+        assert client.models.retrieve(model.id) == model
+        assert model.object == "model"
+        assert math.isclose(model.created, time.time(), abs_tol=1e5)
+
+
+def test_models_with_a_slash_in_the_path(address: str) -> None:
+    for path in ("org/chat", "org%2Fchat"):
+        answer = httpx.get(f"{address}/v1/models/{path}")
+        assert (answer.status_code, answer.json()["id"]) == (200, "org/chat")
+
+
+def test_openapi_describes_streams_and_errors() -> None:
+    paths = main.app.openapi()["paths"]
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        responses = paths[path]["post"]["responses"]
+        assert "422" not in responses
+        assert set(responses["200"]["content"]) == {"application/json", "text/event-stream"}
+        for status in ("400", "404", "413", "500", "503", "504"):
+            schema = responses[status]["content"]["application/json"]["schema"]
+            assert schema == {"$ref": "#/components/schemas/OpenAIError"}
+        example = responses["200"]["content"]["text/event-stream"]["example"]
+        assert json.loads(example.split("\n\n")[0].removeprefix("data: "))["choices"]
+
+
+# --- An evaluation harness ----------------------------------------------------------------------
+
+ROLLING_TASK = """
+task: tales
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: bits_per_byte}]
+"""
+CHOICE_TASK = """
+task: endings
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "Once upon a time there was a"
+doc_to_choice: [" king", " the the of"]
+doc_to_target: 0
+metric_list: [{metric: acc}]
+"""
+TALES = [
+    "Once upon a time there lived a king who had three sons. ",
+    "The fox said to the wolf: come with me, and I will show you the way. ",
+    "In the middle of the wood stood a little house, and in it lived an old woman. ",
+]
+
+
+def test_lm_eval_measures_what_the_model_itself_gives(
+    address: str, reference: Any, tmp_path: Path
+) -> None:
+    """lm-eval's `local-completions` scores token ids with `echo`; nothing is mocked."""
+    file = tmp_path / "tales.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TALES))
+    for name, task in (("tales", ROLLING_TASK), ("endings", CHOICE_TASK)):
+        (tmp_path / f"{name}.yaml").write_text(task.replace("FILE", str(file)))
+    model_args = (
+        f"model={NAME},base_url={address}/v1/completions,tokenizer={FOLDER},"
+        "tokenizer_backend=huggingface,max_length=512,num_concurrent=2"
+    )
+    command = [
+        sys.executable, "-m", "lm_eval", "run", "--model", "local-completions",
+        "--model_args", model_args, "--tasks", "tales,endings", "--include_path", str(tmp_path),
+        "--output_path", str(tmp_path / "out"), "--batch_size", "2",
+    ]  # fmt: skip
+    offline = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=os.environ | offline, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (written,) = (tmp_path / "out").rglob("results_*.json")
+    results = json.loads(written.read_text())["results"]
+    nats = 0.0
+    for text in TALES:  # scored after the end-of-text token, as lm-eval does
+        token_ids = [0, *ids(text)]
+        with torch.inference_mode():
+            logprobs = reference(torch.tensor([token_ids])).logits[0].log_softmax(-1)
+        nats -= sum(logprobs[i, token].item() for i, token in enumerate(token_ids[1:]))
+    bits_per_byte = nats / math.log(2) / sum(len(text.encode()) for text in TALES)
+    assert results["tales"]["bits_per_byte,none"] == pytest.approx(bits_per_byte, abs=1e-3)
+    assert results["endings"]["acc,none"] == 1.0

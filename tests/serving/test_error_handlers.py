@@ -1,0 +1,25 @@
+"""What an error becomes that no other test file has the route of."""
+
+import pytest
+
+from tests.support import new_client
+
+client = new_client()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("DELETE", "/generate", "POST"),
+        ("DELETE", "/generate/text", "GET, POST"),
+        ("PUT", "/generate-text/", "POST"),
+        ("POST", "/some%20prompt", "GET"),
+        ("POST", "/health", "GET, HEAD"),
+        ("GET", "/v1/completions", "POST"),
+        ("DELETE", "/v1/models/a", "GET"),
+    ],
+)
+def test_405_names_every_method_of_the_path(method: str, path: str, allowed: str) -> None:
+    """Was that of a file on every included route, which the app's own list of routes hides."""
+    response = client.request(method, path)
+    assert (response.status_code, response.headers["Allow"]) == (405, allowed)

@@ -1,0 +1,275 @@
+"""Each middleware: the app in this process behind another one of it, and one service in a process
+of its own with all limits.
+
+Tests marked `contract` may be sent to another service; so only the others import main.py.
+"""
+
+import asyncio
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from fastapi.routing import APIRoute, iter_route_contexts
+from fastapi.testclient import TestClient
+from limits.errors import StorageError
+from starlette.routing import Route
+
+from serving.middleware import (
+    ApiKeyMiddleware,
+    RateLimitMiddleware,
+    RequestContextMiddleware,
+    key_digest,
+    read_api_keys,
+)
+from serving.settings import Settings
+from tests.support import PROMPT, Served, new_client, served, wait_until
+
+client = new_client()
+
+
+@pytest.fixture
+def app() -> Any:
+    """The app in this process."""
+    import main
+
+    return main.app
+
+
+# --- Ids, headers that every answer has ---------------------------------------------------------
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("sent", ["abc", "A-1_2.3", "x" * 64])
+def test_request_id_of_the_client_is_kept(sent: str) -> None:
+    response = client.get("/health", headers={"X-Request-ID": sent})
+    assert (response.status_code, response.headers["X-Request-ID"]) == (200, sent)
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("sent", ["", "x" * 65, "a b", "a\tb", "é".encode()])
+def test_request_id_that_is_invalid_is_replaced(sent: str | bytes) -> None:
+    response = client.get("/health", headers={"X-Request-ID": sent})
+    assert re.fullmatch("[0-9a-f]{32}", response.headers["X-Request-ID"])
+
+
+def test_every_answer_has_security_headers() -> None:
+    for path in ("/", "/docs", "/nothing/here"):
+        headers = client.get(path).headers
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["referrer-policy"] == "no-referrer"
+        assert headers["x-frame-options"] == "DENY"
+
+
+# --- Long heads ---------------------------------------------------------------------------------
+
+
+def test_url_and_headers_are_limited() -> None:
+    assert client.get("/generate/text?prompt=" + "a" * 17_000).status_code == 414
+    headers = {f"x-{number}": "a" * 4000 for number in range(20)}
+    assert client.get("/health", headers=headers).status_code == 431
+
+
+# --- API keys -----------------------------------------------------------------------------------
+
+
+def read_keys(**settings: Any) -> dict[bytes, str]:
+    return read_api_keys(Settings(**settings))
+
+
+def keyed_client(app: Any, metrics_need_key: bool = True) -> TestClient:
+    """Of the app behind keys."""
+    names = read_keys(api_keys="alice:two, three")
+    keyed = ApiKeyMiddleware(app, names, metrics_need_key)
+    return TestClient(RequestContextMiddleware(keyed, max_body_bytes=1000))
+
+
+@pytest.fixture
+def keyed(app: Any) -> TestClient:
+    return keyed_client(app)
+
+
+def test_keys_every_route_needs_one_but_three(app: Any, keyed: TestClient) -> None:
+    """Walks the app's own routes, so that a new one is never open by accident."""
+    opened = set()
+    for route in iter_route_contexts(app.routes):
+        if not isinstance(route.original_route, APIRoute | Route):
+            assert route.path in ("/static-offline-docs", "/static"), f"who may pass here? {route}"
+            continue
+        path = re.sub(r"\{.*?\}", "something", route.path)
+        for method in route.methods or ():
+            answer = keyed.request(method, path)
+            if answer.status_code != 401:
+                opened.add(route.path)
+            else:
+                assert answer.headers["www-authenticate"] == "Bearer"
+                assert "key is needed" in answer.text or method == "HEAD"
+    assert opened == {"/", "/health", "/ready"}
+    assert keyed.get("/static-offline-docs/swagger-ui.css").status_code == 401
+    assert keyed.get("/static/page.js").status_code == 200  # the page's own, which asks for a key
+    assert keyed.get("/static").status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Authorization": "Bearer two"}, 200),
+        ({"Authorization": "bearer three"}, 200),
+        ({"X-API-Key": "three"}, 200),
+        ({"Authorization": "Bearer alice"}, 401),
+        ({"Authorization": "Bearer alice:two"}, 401),
+        ({"Authorization": "Bearer "}, 401),
+        ({"Authorization": "Basic three"}, 401),
+        ({"X-API-Key": ""}, 401),
+        ({"X-API-Key": "thre"}, 401),
+        ({"X-API-Key": "thr\xe9e"}, 401),
+        ({}, 401),
+    ],
+)
+def test_keys_are_compared_whole(keyed: TestClient, headers: dict[str, str], status: int) -> None:
+    encoded = {name: value.encode("latin-1") for name, value in headers.items()}
+    answer = keyed.get("/v1/models", headers=encoded)
+    assert answer.status_code == status
+    if status == 401:
+        assert answer.json()["error"]["code"] == "invalid_api_key"
+
+
+def test_keys_metrics_have_a_switch_of_their_own(app: Any) -> None:
+    for needs_key, status in ((True, 401), (False, 200)):
+        keyed = keyed_client(app, metrics_need_key=needs_key)
+        assert keyed.get("/metrics").status_code == status
+
+
+def test_keys_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("alice:one\n\ntwo\n")
+    names = read_keys(api_keys_file=file)
+    assert names == {key_digest("one"): "alice", key_digest("two"): "key-2"}
+    file.write_text("\n")
+    with pytest.raises(SystemExit, match="holds no key"):
+        read_keys(api_keys_file=file)
+
+
+@pytest.mark.parametrize("keys", ["alice:", "one, alice: ,two", ":"])
+def test_keys_without_a_key_stop_the_start(keys: str) -> None:
+    """An empty key was the key of everybody who sent none."""
+    with pytest.raises(SystemExit, match="has a name and no key"):
+        read_keys(api_keys=keys)
+
+
+# --- Shutdown -----------------------------------------------------------------------------------
+
+
+def test_page_is_served_while_draining(app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app.state.service.shutdown, "has_begun", True)
+    page = client.get("/", headers={"Accept": "text/html"})
+    assert page.status_code == client.get("/static/page.js").status_code == 200
+
+
+# --- Limits, CORS: one service with all of them -------------------------------------------------
+
+NAMES = ("alice", "bob", "carol", "eve", "fay")
+
+
+@pytest.fixture(scope="module")
+def limited() -> Iterator[Served]:
+    settings = {
+        "API_KEYS": ",".join(f"{name}:secret-{name[0]}" for name in NAMES),
+        "RATE_LIMIT": "5",
+        "TOKEN_RATE_LIMIT": "60",
+        "CORS_ORIGINS": "https://example.com",
+    }
+    with served(**settings) as service:
+        yield service
+
+
+def test_rate_limit_of_requests_by_key(limited: Served) -> None:
+    with limited.client(**{"X-API-Key": "secret-a"}) as alice:
+        answers = [alice.get("/v1/models") for _ in range(6)]
+    assert [answer.status_code for answer in answers] == [200] * 5 + [429]
+    assert [a.headers["x-ratelimit-remaining-requests"] for a in answers] == list("432100")
+    refused = answers[-1]
+    assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+    assert refused.headers["x-ratelimit-limit-requests"] == "5"
+    with limited.client(**{"X-API-Key": "secret-b"}) as bob:
+        assert bob.get("/v1/models").status_code == 200
+
+
+def test_rate_limit_of_tokens(limited: Served) -> None:
+    with limited.client(Authorization="Bearer secret-c") as carol:
+        body = {"prompt": PROMPT, "max_new_tokens": 80, "seed": 1}
+        first = carol.post("/generate", json=body)
+        refused = carol.post("/generate", json=body)
+    assert (first.status_code, refused.status_code) == (200, 429)
+    assert refused.json() == {"detail": "Over the limit of 60 tokens a minute"}
+    assert refused.headers["x-ratelimit-remaining-tokens"] == "0"
+
+
+def test_rate_limit_of_tokens_counts_what_nobody_waited_for(limited: Served) -> None:
+    """A client that leaves has used what was generated until then."""
+    body = {"prompt": PROMPT, "max_new_tokens": 200, "stream": True}
+    with limited.client(Authorization="Bearer secret-e") as eve:
+        with eve.stream("POST", "/generate", json=body) as answer:
+            next(answer.iter_bytes())
+        wait_until(lambda: any(line.get("key") == "eve" for line in limited.log()))
+        left = next(line for line in limited.log() if line.get("key") == "eve")
+        remaining = eve.get("/v1/models").headers["x-ratelimit-remaining-tokens"]
+    assert left["status"] in (200, 499)
+    assert left["generated_tokens"] > 0
+    assert int(remaining) == max(0, 60 - left["generated_tokens"])
+
+
+@pytest.mark.parametrize("error", [StorageError(OSError("gone")), None])
+def test_rate_limit_is_off_while_its_storage_fails(
+    app: Any,
+    error: Exception | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def fail(*_: Any, **__: Any) -> int:
+        if error:
+            raise error
+        await asyncio.sleep(60)
+        return 0
+
+    monkeypatch.setattr("serving.middleware.STORAGE_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr("serving.middleware.STORAGE_PAUSE_SECONDS", 0.3)
+    limiting = RateLimitMiddleware(app, Settings(rate_limit=1))
+    http = TestClient(
+        RequestContextMiddleware(ApiKeyMiddleware(limiting, {}, True), max_body_bytes=1000)
+    )
+    with monkeypatch.context() as broken:
+        broken.setattr(limiting.limiter.storage, "incr", fail)
+        assert [http.get("/v1/models").status_code for _ in range(3)] == [200] * 3
+    logged = [line for line in caplog.messages if "no rate limits for 0.3 s" in line]
+    assert len(logged) == 1
+    assert ("gone" if error else "TimeoutError") in logged[0]
+    wait_until(lambda: http.get("/v1/models").status_code == 429)
+
+
+def test_openai_client_raises_its_own_errors(limited: Served) -> None:
+    def ask(key: str) -> None:
+        with openai.OpenAI(base_url=f"{limited.address}/v1", api_key=key, max_retries=0) as client:
+            client.models.list()
+
+    with pytest.raises(openai.AuthenticationError) as refused:
+        ask("wrong")
+    assert refused.value.code == "invalid_api_key"
+    for _ in range(5):
+        ask("secret-f")
+    with pytest.raises(openai.RateLimitError) as limit:
+        ask("secret-f")
+    assert limit.value.code == "rate_limit_exceeded"
+
+
+def test_cors_preflight_needs_no_key(limited: Served) -> None:
+    asked = {"Access-Control-Request-Method": "POST", "Origin": "https://example.com"}
+    with limited.client(**asked) as browser:
+        allowed = browser.options("/generate")
+        assert allowed.status_code == 200
+        assert allowed.headers["access-control-allow-origin"] == "https://example.com"
+        browser.headers["Origin"] = "https://elsewhere.example"
+        assert browser.options("/generate").status_code == 400

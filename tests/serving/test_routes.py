@@ -1,0 +1,217 @@
+"""The native routes besides `POST /generate`: the page, probes, documents, and three ways to get
+text."""
+
+import re
+from typing import Any
+
+import pytest
+
+from tests.support import NAME, ROOT, new_client, refused_fields
+
+client = new_client()
+
+
+@pytest.fixture
+def backend() -> Any:
+    """The default model of the app in this process."""
+    import main
+
+    return main.service.registry.default
+
+
+def get_page() -> Any:
+    return client.get("/", headers={"Accept": "text/html"})
+
+
+def post(body: Any, path: str) -> Any:
+    return client.post(path, json=body)
+
+
+# --- Page, probes, documents --------------------------------------------------------------------
+
+
+@pytest.mark.contract
+def test_root_is_json_for_programs_and_a_page_for_browsers() -> None:
+    assert client.get("/").json() == {"health": "ok"}
+    page = client.get("/", headers={"Accept": "text/html,application/xhtml+xml"})
+    assert (page.status_code, page.headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+    assert 'href="docs"' in page.text
+
+
+def test_page_is_small_and_whole() -> None:
+    files = {file.name: file.read_text() for file in (ROOT / "static").iterdir()}
+    assert len(files["index.html"].encode()) < 14_000  # so many come in the first round trip
+    assert sum(len(text.encode()) for text in files.values()) < 60_000
+    addresses = {a for text in files.values() for a in re.findall(r"https?://[^\s\"')]+", text)}
+    assert addresses <= {"http://www.w3.org/2000/svg"}
+    scripts = {f"static/{name}": text for name, text in files.items() if name.endswith(".js")}
+    assert not any("innerHTML" in text for text in scripts.values())
+    # Each is asked for at once: none waits until another has come.
+    assert sorted(re.findall(r'"(static/\w+\.js)"', files["index.html"])) == sorted(scripts)
+
+
+def test_page_allows_no_inline_code_and_no_frame() -> None:
+    policy = get_page().headers["content-security-policy"]
+    assert "unsafe" not in policy
+    assert {"default-src 'none'", "script-src 'self'", "connect-src 'self'"} <= set(
+        policy.split("; ")
+    )
+    for each in ("base-uri", "form-action", "frame-ancestors"):
+        assert f"{each} 'none'" in policy
+
+
+def test_page_depends_on_accept_and_is_asked_for_anew() -> None:
+    assert client.get("/").headers["vary"] == get_page().headers["vary"] == "Accept"
+    assert get_page().headers["cache-control"] == "no-cache"
+    first = client.get("/static/page.js")
+    assert first.headers["cache-control"] == "no-cache"
+    again = client.get("/static/page.js", headers={"If-None-Match": first.headers["etag"]})
+    assert (first.status_code, again.status_code) == (200, 304)
+
+
+@pytest.mark.parametrize(
+    "path", ["/static/", "/static/no.js", "/static/%2e%2e/main.py", "/static/%2e%2e%2fmain.py"]
+)
+def test_page_files_are_all_that_is_open(path: str) -> None:
+    answer = client.get(path)
+    assert (answer.status_code, answer.json()) == (404, {"detail": "Not Found"})
+
+
+@pytest.mark.parametrize("path", ["/static/page.js", "/static-offline-docs/swagger-ui.css"])
+def test_page_files_are_only_read(path: str) -> None:
+    """Was a 500: the 405 was looked up among routes, and a file is none."""
+    answer = client.post(path)
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET, HEAD")
+
+
+@pytest.mark.contract
+def test_health_is_ok() -> None:
+    response = client.get("/health")
+    assert (response.status_code, response.json()) == (200, {"health": "ok"})
+
+
+@pytest.mark.contract
+def test_ready_names_the_models() -> None:
+    response = client.get("/ready")
+    assert response.status_code == 200
+    assert response.json() == {
+        "status": "ready",
+        "model_names": [NAME],
+        "loaded_model_names": [NAME],
+        "loading_model_name": None,
+    }
+
+
+def test_ready_is_503_while_the_engine_fails(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend.engine, "num_failed_steps", 3)
+    response = client.get("/ready")
+    assert response.status_code == 503
+    assert response.json()["status"] == f"the engine of {NAME} keeps failing"
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("path", ["/docs", "/redoc"])
+def test_docs_bring_their_own_assets(path: str) -> None:
+    page = client.get(path)
+    assert page.status_code == 200
+    assets = re.findall(r'(?:src|href)="([^"]+\.(?:js|css|png))"', page.text)
+    assert assets
+    assert all(client.get(asset).status_code == 200 for asset in assets)
+
+
+# --- POST /generate-text/ -----------------------------------------------------------------------
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("path", ["/generate-text/", "/generate-text"])
+def test_generate_texts_answers_for_every_model(path: str) -> None:
+    body = {"prompt": "One day", "num_return_sequences": 3, "max_length": 20, "seed": 1}
+    response = post(body, path)
+    assert response.status_code == 200
+    assert list(response.json()) == ["generated_texts"]
+    assert list(response.json()["generated_texts"]) == [NAME]
+    texts = response.json()["generated_texts"][NAME]
+    assert len(set(texts)) == 3
+    assert all(text.startswith("One day") for text in texts)
+    assert response.json() == post(body, path).json()
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("count", [0, 9])
+def test_generate_texts_count_bounds(count: int) -> None:
+    response = post({"prompt": "a", "num_return_sequences": count}, "/generate-text/")
+    assert refused_fields(response) == [["body", "num_return_sequences"]]
+
+
+@pytest.mark.contract
+def test_generate_texts_forbidden_prompt_is_400() -> None:
+    response = post({"prompt": "violence"}, "/generate-text/")
+    assert response.status_code == 400
+    assert response.json() == {"detail": "Prompt contains inappropriate content"}
+
+
+# --- GET and POST /generate/text ----------------------------------------------------------------
+
+
+@pytest.mark.contract
+def test_generate_text_is_plain_and_the_same_by_both_methods() -> None:
+    got = client.get("/generate/text?prompt=One+day&max_new_tokens=10&seed=7&stop=zzz&stop=qqq")
+    body = {"prompt": "One day", "max_new_tokens": 10, "seed": 7}
+    posted = post(body, "/generate/text")
+    assert got.status_code == posted.status_code == 200
+    assert got.headers["Content-Type"] == "text/plain; charset=utf-8"
+    assert got.text == posted.text
+    assert "One day" + got.text == post(body, "/generate").json()["generated_text"]
+
+
+@pytest.mark.contract
+def test_generate_text_forbidden_prompt_is_400() -> None:
+    response = client.get("/generate/text?prompt=I+hate+you")
+    assert response.status_code == 400
+    assert response.json() == {"detail": "Prompt contains inappropriate content"}
+
+
+@pytest.mark.contract
+def test_generate_text_without_prompt_is_refused() -> None:
+    assert refused_fields(client.get("/generate/text")) == [["query", "prompt"]]
+
+
+# --- GET /{prompt} ------------------------------------------------------------------------------
+
+
+@pytest.mark.contract
+def test_path_prompt_is_continued() -> None:
+    response = client.get("/One%20day?max_new_tokens=5&num_return_sequences=2&seed=1")
+    assert response.status_code == 200
+    assert response.headers["Cache-Control"] == "no-store"
+    texts = response.json()["generated_sequences"]
+    assert len(texts) == 2
+    assert all(text.startswith("One day") for text in texts)
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("prompt", ["a/b", "a?b", "50% off", "naïve 日本", "generate", "a&b=c"])
+def test_path_prompt_is_decoded_once(prompt: str) -> None:
+    path = "/" + "".join(f"%{byte:02x}" for byte in prompt.encode())
+    response = client.get(path, params={"max_new_tokens": 1})
+    assert response.status_code == 200
+    assert response.json()["generated_sequences"][0].startswith(prompt)
+
+
+@pytest.mark.parametrize(
+    "path", ["/favicon.ico", "/robots.txt", "/sitemap.xml", "/apple-touch-icon.png", "/.env"]
+)
+def test_path_of_a_file_never_reaches_the_model(
+    path: str, backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "submit_text", lambda *_, **__: pytest.fail("reached the model"))
+    response = client.get(path)
+    assert (response.status_code, response.json()) == (404, {"detail": "Not Found"})
+
+
+@pytest.mark.contract
+def test_path_prompt_forbidden_is_400_and_long_is_422() -> None:
+    response = client.get("/so%20much%20h4te")
+    assert response.status_code == 400
+    assert response.json() == {"detail": "Prompt contains inappropriate content"}
+    assert refused_fields(client.get("/" + "a" * 501)) == [["path", "prompt"]]
