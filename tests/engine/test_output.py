@@ -254,13 +254,29 @@ def test_roll_back_takes_log_probabilities_with_it() -> None:
     assert "".join(texts(got)) == " ates"
 
 
-def test_roll_back_finds_half_characters_again() -> None:
-    """A character that was begun before the word, and the word is rolled back, is whole in the
-    end."""
-    output, seq = processor("hate*"), sequence(prompt="I", max_new_tokens=9)
-    start, rest = byte_tokens("🦊")[:3], byte_tokens("🦊")[3:]
-    got = feed(output, seq, [*start, *rest, *map(token, " hate"), *map(token, "one ")])
-    assert "".join(texts(got)) == "🦊 one "
+def test_roll_back_finds_half_a_character_again() -> None:
+    """It was begun before the word, which kept it from its end."""
+    output, seq = processor("hate*"), sequence(prompt="I")
+    *start, end = byte_tokens("🦊")
+    got = feed(output, seq, [*start, *map(token, "hate"), end, token("s")])
+    assert "".join(texts(got)) == "🦊s"
+    assert output.num_rollbacks == 1
+
+
+def test_roll_back_may_leave_the_beginning_of_another_word() -> None:
+    """` h` was followed by `ate`; without them `ha` is followed by `te`."""
+    output, seq = processor("hate*"), sequence(prompt="I")
+    got = feed(output, seq, map(token, [" ", "ha", " h", "ate", "t", "e", "s", "."]))
+    assert "".join(texts(got)) == " s."
+    assert output.num_rollbacks == 2
+
+
+def test_roll_back_may_leave_the_beginning_of_a_stop_string() -> None:
+    output, seq = processor("hate*"), sequence(prompt="I", stop=("s x",))
+    got = feed(output, seq, map(token, ["s", " h", "ate", " ", "x"]))
+    assert "".join(texts(got)) == ""
+    assert got[-1]
+    assert got[-1].finish_reason == "stop"
 
 
 @pytest.mark.parametrize("word", [" hate", " violence"])
@@ -327,30 +343,34 @@ def test_too_many_roll_backs_end_the_text(num_kept: int, streams: bool) -> None:
 
 # --- Streamed and whole ---------------------------------------------------------------------------
 
-PIECES = [*"hate .", " h", "at", "ate", "ha", " one"]
+WORDS = "hate*,at,eat*"
+PIECES = [*map(token, [*"hate  ..", " h", "at", "ate", "ha", " one"]), *byte_tokens("é🦊")]
 
 
-def random_texts(seed: int, **params: Any) -> tuple[list[Delta], Delta]:
-    """The parts of a stream and the whole, for a model that says PIECES and bytes at random."""
-    pieces = [*map(token, PIECES), *byte_tokens("é🦊")]
-    both = []
+def draw_both(seed: int, **params: Any) -> tuple[list[Delta], Delta, int]:
+    """The parts of a stream, the whole of the same tokens, and the number of roll-backs."""
+    drawn = []
     for streams in (True, False):
-        rng = random.Random(seed)
+        rng, output = random.Random(seed), processor(WORDS)
         seq = sequence(prompt="I", streams=streams, max_new_tokens=30, **params)
-        both.append(draw(processor("hate*,at,eat*"), seq, lambda rng=rng: rng.choice(pieces)))
-    parts, (whole,) = both
-    return parts, whole
+        drawn.append(draw(output, seq, lambda rng=rng: rng.choice(PIECES)))
+    parts, (whole,) = drawn
+    return parts, whole, output.num_rollbacks
 
 
 @pytest.mark.parametrize("stop", [(), ("e hh", "tteh", "hath", "aa")])
 def test_parts_together_are_the_whole_and_nothing_leaks(stop: tuple[str, ...]) -> None:
-    content_filter = ContentFilter("hate*,at,eat*")
-    for seed in range(100):
-        parts, whole = random_texts(seed, stop=stop)
+    """Words in pieces and half characters, at random: words are split everywhere."""
+    content_filter, num_rollbacks = ContentFilter(WORDS), 0
+    for seed in range(200):
+        parts, whole, num_more = draw_both(seed, stop=stop)
+        num_rollbacks += num_more
         assert "".join(texts(parts)) == whole.text
         assert [t for delta in parts for t in delta.token_ids] == whole.token_ids
         assert [p for delta in parts for p in delta.logprobs] == whole.logprobs
         assert parts[-1].finish_reason == whole.finish_reason
-        so_far = ["".join(texts(parts[:end])) for end in range(len(parts) + 1)]
-        assert [text for text in so_far if content_filter.find("I" + text)] == []
-        assert not any(s in text for s in stop for text in so_far)
+        so_far = ["I" + "".join(texts(parts[:end])) for end in range(len(parts))]
+        assert [text for text in so_far if content_filter.find(text, final=False)] == []
+        assert content_filter.find("I" + whole.text) is None
+        assert not any(s in whole.text for s in stop)
+    assert num_rollbacks > 100

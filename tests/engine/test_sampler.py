@@ -6,7 +6,7 @@ from torch import Tensor
 
 from engine import SamplingParams
 from engine.request import Sequence
-from engine.sampler import _keep_likeliest, edit_logits, sample
+from engine.sampler import _keep_likeliest, collect_logprobs, edit_logits, sample, sample_tokens
 from tests.support import sequences
 
 
@@ -44,6 +44,24 @@ def edited(logits: Tensor, seq: Sequence, eos: tuple[int, ...] = ()) -> Tensor:
     rows = logits[None].clone()
     edit_logits(rows, [seq], set(eos))
     return rows[0]
+
+
+def test_sample_tokens_adds_log_probabilities_of_before_the_edits() -> None:
+    params = SamplingParams(temperature=0, logit_bias={2: 9.0}, num_logprobs=1)
+    asking, other = *sequences(params), *sequences(SamplingParams(temperature=0))
+    logits = torch.tensor([[1.0, 3.0, 2.0], [1.0, 3.0, 2.0]])
+    expected = torch.log_softmax(logits[0], dim=-1)
+    assert sample_tokens(logits, [asking, other], {0}) == [2, 1]
+    (logprobs,) = asking.logprobs
+    assert (logprobs.token_id, logprobs.logprob) == (2, expected[2].item())
+    assert logprobs.top == [(1, expected[1].item())]
+    assert other.logprobs == []
+
+
+def test_edit_logits_bans_what_was_rolled_back_there_and_nowhere_else() -> None:
+    (seq,) = sequences(output=(3,))
+    seq.banned = {0: [0], 1: [1, 2], 2: [3]}
+    assert edited(torch.ones(4), seq).tolist() == [1, -float("inf"), -float("inf"), 1]
 
 
 def test_edit_logits_repetition_penalty() -> None:
@@ -199,3 +217,12 @@ def test_sample_row_does_not_depend_on_the_others(vocab: int) -> None:
         (MIXED[i], a, b) for i, (a, b) in enumerate(zip(alone, together, strict=True)) if a != b
     ]
     assert not differ
+
+
+def test_collect_logprobs_of_the_token_and_the_likeliest() -> None:
+    logits = random_logits(2, 50)
+    expected = torch.log_softmax(logits, dim=-1)
+    for row, got in enumerate(collect_logprobs(logits, [7, 8], num_top=3)):
+        assert (got.token_id, got.logprob) == (7 + row, expected[row, 7 + row].item())
+        values, token_ids = expected[row].topk(3)
+        assert got.top == list(zip(token_ids.tolist(), values.tolist(), strict=True))

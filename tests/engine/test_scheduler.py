@@ -83,6 +83,38 @@ def test_scheduler_sequences_of_one_request_wait_for_places_apart() -> None:
     assert scheduler.schedule() == seqs[3:]
 
 
+def test_scheduler_admits_only_requests_before_an_id() -> None:
+    """What comes after an unload waits for the next load, also where places are free."""
+    scheduler = Scheduler(max_num_seqs=9, max_queue_size=9)
+    seqs = prompts(1, 1, 1)
+    for seq in seqs:
+        scheduler.add([seq])
+    assert scheduler.schedule(end_id=seqs[1].request.id) == seqs[:1]
+    assert scheduler.schedule() == seqs[1:]
+
+
+def test_scheduler_takes_out_what_waits() -> None:
+    scheduler = Scheduler(max_num_seqs=1, max_queue_size=9)
+    seqs = prompts(1, 1, 1, 1)
+    for seq in seqs:
+        scheduler.add([seq])
+    scheduler.schedule()
+    assert scheduler.take_waiting(before_id=seqs[2].request.id) == seqs[1:2]
+    assert scheduler.take_waiting() == seqs[2:]
+    assert not scheduler.waiting
+    assert scheduler.running == seqs[:1]
+
+
+def test_scheduler_drops_what_was_aborted() -> None:
+    scheduler = Scheduler(max_num_seqs=1, max_queue_size=9)
+    first, second, third = (sequences(count=2) for _ in range(3))
+    for seqs in (first, second, third):
+        scheduler.add(seqs)
+    second[0].request.is_aborted = True
+    scheduler.drop_aborted()
+    assert list(scheduler.waiting) == first + third
+
+
 def test_scheduler_finish_moves_last_row_into_the_hole() -> None:
     scheduler = Scheduler(max_num_seqs=4, max_queue_size=9)
     a, b, c, d = seqs = sequences(count=4)

@@ -19,4 +19,4 @@ def test_threads_beyond_the_cores_are_taken_with_a_warning(
     assert choose_num_threads(Settings(torch_num_threads=cores)) == cores
     assert not caplog.messages
     assert choose_num_threads(Settings(torch_num_threads=cores + 1)) == cores + 1
-    assert f"the process may use {cores} cores" in caplog.text
+    assert f"more than the cores that the process may use ({cores})" in caplog.text
