@@ -13,7 +13,6 @@ import asyncio
 import logging
 import sys
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from backends.base import (
     listed_prompts,
     new_token_budget,
 )
+from backends.held_text import HeldText
 from backends.upstream import (
     BrokenStream,
     Logprobs,
@@ -42,7 +42,6 @@ from backends.upstream import (
     Upstream,
     UpstreamChoice,
     UpstreamUsage,
-    merge_logprobs,
     parse_chunk,
     read_events,
 )
@@ -59,73 +58,8 @@ from engine import (
 logger = logging.getLogger("external")
 
 TAIL_SECONDS = 1.0  # what follows the last text gets this long: the usage, the stream's end
-FILTER_TAIL_CHARACTERS = 1000  # a forbidden word may begin in the last so many of a prompt
-LOOK_BACK_CHARACTERS = 200  # the filter looks at so many before a word, for letters
 # Fields of the client's body that the other server gets in another form, or not at all.
 OUR_FIELDS = {"model", "stream", "stream_options", "best_of"}
-
-
-class HeldText:
-    """The text of one choice, held back while a forbidden word may have begun in it.
-
-    Chunks are held back whole, so that log probabilities are withheld with the text that they
-    spell. Over HTTP nothing can be rolled back: a forbidden word ends the choice.
-    """
-
-    def __init__(self, text_filter: TextFilter | None, prompt_text: str, streams: bool):
-        self.text_filter = text_filter
-        self.streams = streams
-        # What the filter still has to see; a forbidden word may begin in the prompt.
-        self.window = prompt_text[-FILTER_TAIL_CHARACTERS - LOOK_BACK_CHARACTERS :]
-        self.num_safe = max(0, len(self.window) - FILTER_TAIL_CHARACTERS)  # of the window
-        self.held: deque[tuple[str, Logprobs | None]] = deque()  # chunks, at the window's end
-        self.num_held = 0  # characters of them
-        self.text = ""  # passed, and not given out yet
-        self.logprobs: list[Logprobs] = []
-        self.finish_reason: FinishReason | None = None
-        self.is_cut = False  # by a forbidden word, whatever the other server still sends
-        self.last_chunk_seconds: float | None = None
-
-    def add(
-        self, text: str, logprobs: Logprobs | None, finish_reason: FinishReason | None
-    ) -> tuple[str, Logprobs | None] | None:
-        """What the client gains by a chunk, if it is to be told."""
-        self.held.append((text, logprobs))
-        self.num_held += len(text)
-        self.window += text
-        self.finish_reason = finish_reason
-        self._release(self._num_passed(is_last=finish_reason is not None))
-        if not self.finish_reason and not (self.streams and self.text):
-            return None  # a chunk without text goes out with the next text
-        gained = self.text, merge_logprobs(self.logprobs)
-        self.text, self.logprobs = "", []
-        return gained
-
-    def _num_passed(self, is_last: bool) -> int:
-        """How many characters of the held chunks may go out; below 0: none, nor an empty chunk."""
-        if not self.text_filter:
-            self.window = ""
-            return self.num_held
-        hit, self.num_safe = self.text_filter.scan(self.window, self.num_safe, final=is_last)
-        num_passed = (hit[0] if hit else self.num_safe) - (len(self.window) - self.num_held)
-        if hit:
-            self.is_cut, self.finish_reason = True, "content_filter"
-        return num_passed
-
-    def _release(self, num_passed: int) -> None:
-        while self.held and len(self.held[0][0]) <= num_passed:
-            text, logprobs = self.held.popleft()
-            num_passed -= len(text)
-            self.num_held -= len(text)
-            self.text += text
-            if logprobs:
-                self.logprobs.append(logprobs)
-        if self.is_cut and self.held:
-            self.text += self.held[0][0][: max(0, num_passed)]
-        num_seen = min(self.num_safe, len(self.window) - self.num_held) - LOOK_BACK_CHARACTERS
-        if num_seen > 0:
-            self.window = self.window[num_seen:]
-            self.num_safe -= num_seen
 
 
 @dataclass(frozen=True, slots=True)

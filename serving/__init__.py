@@ -1,0 +1,1 @@
+"""How HTTP is answered; see docs/architecture.md."""

@@ -1,7 +1,6 @@
 """The service behind Ray Serve: `make test-ray`. Slow: it starts Ray three times.
 
-What test_main.py and test_openai.py say of the contract over HTTP is said here again, through
-Ray's proxy and of two replicas.
+The tests marked `contract` run here again, through Ray's proxy and of two replicas.
 """
 
 import asyncio

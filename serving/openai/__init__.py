@@ -1,0 +1,1 @@
+"""OpenAI's routes and the form of their answers."""

@@ -29,7 +29,7 @@ import pytest
 from pydantic import SecretStr
 
 import main
-from backends.external import ExternalBackend, HeldText
+from backends.external import ExternalBackend
 from backends.upstream import RETRY_PAUSES_SECONDS
 from serving.content_filter import ContentFilter
 from serving.errors import BUSY, FORBIDDEN_PROMPT, OVERLOADED, REFUSED, STOPPING, UNREACHABLE
@@ -441,28 +441,6 @@ def test_forbidden_alternatives_are_left_out(upstream: Upstream) -> None:
         choice = client.post("/v1/completions", json=body).json()["choices"][0]
     del top[word]
     assert choice["logprobs"]["top_logprobs"] == [top]
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 7])
-def test_choice_never_gives_out_what_may_become_forbidden(size: int) -> None:
-    text = "He has a hat, a h.a.t, he will hate you"
-    choice, given = HeldText(ContentFilter("hate*"), "Once h", streams=True), ""
-    for start in range(0, len(text), size):
-        gained = choice.add(text[start : start + size], None, None)
-        given += gained[0] if gained else ""
-        if choice.finish_reason:
-            break
-    assert (given, choice.finish_reason) == ("He has a hat, a h.a.t, he will ", "content_filter")
-
-
-def test_choice_sees_a_word_that_begins_in_a_long_prompt() -> None:
-    choice = HeldText(ContentFilter("hate*"), "a king " * 1000 + "did ha", streams=True)
-    assert choice.add("t", None, None) is None
-    assert choice.add("ed", None, None) == ("", None)
-    assert choice.finish_reason == "content_filter"
-    long = HeldText(ContentFilter("hate*"), "", streams=True)
-    assert "".join(g[0] for _ in range(1000) if (g := long.add("a king ", None, None)))
-    assert len(long.window) < 500
 
 
 # --- Clients that leave, deadlines --------------------------------------------------------------
