@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.processors
+
 ROOT = Path(__file__).parents[1]
 Process = subprocess.CompletedProcess[str]
 
