@@ -45,6 +45,7 @@ from transformers import pipeline
 from transformers.utils.logging import disable_progress_bar
 
 import models
+from serving.bodies import BoundedRoute
 from serving.content_filter import ContentFilter
 from serving.documentation import ERRORS, EVENTS, document_vocabulary
 from serving.error_handlers import add_error_handlers
@@ -124,6 +125,7 @@ app = FastAPIOffline(
     redirect_slashes=False,
 )
 app.state.service = service
+app.router.route_class = BoundedRoute
 document_vocabulary(app, registry)
 add_error_handlers(app)
 

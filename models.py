@@ -5,6 +5,7 @@ numbers, unknown fields are refused. Query strings hold nothing but text, so the
 same fields are read from decimal digits.
 """
 
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, cast
 
@@ -15,22 +16,33 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
+    TypeAdapter,
     ValidationError,
     WrapValidator,
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
 MAX_PROMPT_CHARACTERS = 500
 SEED_LIMIT = 2**63  # exclusive: it is exact as a float, which OpenAPI makes of it
+# A body is checked on the event loop, so whatever a client can make long has an end, at which
+# pydantic stops; and of a list that may be long only the first fault is told.
+MAX_FIELDS = 100  # of one object
+MAX_PROMPTS = 4096
+MAX_PROMPT_TOKENS = 131_072
+MAX_MESSAGES = 2048
+MAX_TEXT_PARTS = 256
+MAX_LOGIT_BIASES = 1024
+
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _plain_text(text: str) -> str:
     """The text itself. Refuses what no tokenizer takes: NUL and lone surrogates."""
     if "\0" in text:
         raise ValueError("text must not contain the NUL character")
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if not text.isascii() and LONE_SURROGATE.search(text):
         raise ValueError("text must not contain lone surrogates")
     return text
 
@@ -62,6 +74,14 @@ StopStrings = Annotated[
 
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_many_fields(cls, body: Any) -> Any:
+        """Each unknown field would be an error of its own."""
+        if isinstance(body, dict) and len(body) > MAX_FIELDS:
+            raise PydanticCustomError("too_many_fields", f"at most {MAX_FIELDS} fields")
+        return body
 
 
 # --- Sampling parameters, shared by every route -------------------------------------------------
@@ -291,29 +311,70 @@ UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
     "verbosity": ("medium",), "web_search_options": (),
 }  # fmt: skip
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+TokenIds = Annotated[
+    list[Annotated[int, Field(ge=0)]],
+    Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True),
+]
+ListsOfTokenIds = Annotated[
+    list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
+]
 
 
 def _in_one_message(message: str) -> WrapValidator:
-    """One message for a union, instead of one for each of its members."""
+    """One message for a union, instead of one for each of its members, unless a list is too
+    long."""
 
     def validate(value: Any, validator: Callable[[Any], Any]) -> Any:
         try:
             return validator(value)
-        except ValidationError:
-            raise ValueError(message) from None
+        except ValidationError as error:
+            problems = error.errors(include_url=False, include_input=False)
+        # Here, and not in the `except`: the new error would hold the old one, and that all input.
+        for problem in problems:
+            if problem["type"] == "too_long":
+                raise PydanticKnownError("too_long", problem["ctx"])
+        raise ValueError(message)
 
     return WrapValidator(validate)
 
 
+def _strictly(form: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(form, config=ConfigDict(strict=True))
+
+
+TEXT_PROMPT = _strictly(Text)
+LIST_PROMPTS = {  # by the type of the first element
+    str: _strictly(Texts),
+    int: _strictly(TokenIds),
+    list: _strictly(ListsOfTokenIds),
+}
+
+
+def _by_first_element(value: Any, _: Callable[[Any], Any]) -> Any:
+    """Looks through a prompt once, as what its first element says that it is. A union would try
+    its four members in turn, and list what is wrong with each element for each of them."""
+    first = value[0] if isinstance(value, list) and value else None
+    return LIST_PROMPTS.get(type(first), TEXT_PROMPT).validate_python(value)
+
+
 CompletionPrompt = Annotated[
-    Text | Annotated[list[Text], Field(min_length=1)] | TokenIds
-    | Annotated[list[TokenIds], Field(min_length=1)],
+    Text | Texts | TokenIds | ListsOfTokenIds,
+    WrapValidator(_by_first_element),
     _in_one_message(
         "must be a string, a list of strings, a list of token ids or a list of such lists; "
         "no list may be empty, and no text may hold NUL or a lone surrogate"
     ),
-]  # fmt: skip
+]
+
+
+def _few_biases(biases: Any) -> Any:
+    """The biases themselves. Refuses too many before their keys are looked at, each of which
+    could be an error of its own."""
+    if isinstance(biases, dict) and len(biases) > MAX_LOGIT_BIASES:
+        length = {"max_length": MAX_LOGIT_BIASES, "actual_length": len(biases)}
+        raise PydanticKnownError("too_long", {"field_type": "Dictionary", **length})
+    return biases
 
 
 class _NullsLeftOut(_Strict):
@@ -362,12 +423,15 @@ class _OpenAIRequest(_NullsLeftOut, ModelChoice, SamplingFields):
     )
     min_tokens: int = Field(default=0, ge=0, description="No end before so many tokens.")
     ignore_eos: bool = Field(default=False, description="Generate past the end of the text.")
-    logit_bias: dict[
-        Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,8})$")],
-        Annotated[float, Field(ge=-100, le=100)],
+    logit_bias: Annotated[
+        dict[
+            Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,8})$")],
+            Annotated[float, Field(ge=-100, le=100)],
+        ],
+        BeforeValidator(_few_biases),
     ] = Field(
         default={},
-        max_length=1024,
+        max_length=MAX_LOGIT_BIASES,
         description="Added to the logits of these token ids; -100 all but bans.",
         examples=[{"11": -100}],
     )
@@ -441,7 +505,8 @@ class TextPart(_Strict):
 class ChatMessage(_NullsLeftOut):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
-        Text | list[TextPart], _in_one_message("must be a string or a list of text parts")
+        Text | Annotated[list[TextPart], Field(max_length=MAX_TEXT_PARTS, fail_fast=True)],
+        _in_one_message("must be a string or a list of text parts"),
     ]
     name: Text | None = Field(default=None, description="Accepted, ignored.")
 
@@ -462,7 +527,7 @@ class ChatCompletionRequest(_OpenAIRequest):
         }
     )
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     max_completion_tokens: int | None = Field(
         default=None, ge=1, description="Tokens to generate; unset: as many as fit."
     )

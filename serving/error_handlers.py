@@ -1,5 +1,6 @@
 """Errors become answers here, and are counted here: those of the domain, of FastAPI, all others."""
 
+from traceback import clear_frames
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -19,6 +20,7 @@ from backends.base import (
     Unreachable,
 )
 from engine import EngineStoppedError, InferenceError, QueueFullError
+from serving.bodies import TooManyParts
 from serving.errors import (
     BUSY,
     FORBIDDEN_PROMPT,
@@ -85,7 +87,19 @@ def input_place(http: Request) -> str:
 
 
 async def refuse_invalid(http: Request, error: RequestValidationError) -> JSONResponse:
-    return refuse_fields(http, list(error.errors()))
+    problems = list(error.errors())
+    # FastAPI's frames hold these errors, and the errors the frames: without this the body would
+    # stay until the garbage collector comes that way.
+    clear_frames(error.__traceback__)
+    for problem in problems:
+        cause = problem.get("ctx", {}).get("error")
+        if isinstance(cause, Exception):  # what a validator of models.py raised
+            cause.__traceback__ = None
+    return refuse_fields(http, problems)
+
+
+async def refuse_many_parts(http: Request, error: TooManyParts) -> JSONResponse:
+    return refuse_fields(http, [value_error("body", msg=error.detail)])
 
 
 async def refuse_field(http: Request, error: InvalidField) -> JSONResponse:
@@ -177,6 +191,7 @@ async def report_unexpected(http: Request, error: Exception) -> JSONResponse:
 
 HANDLERS: dict[type[Exception], Any] = {
     RequestValidationError: refuse_invalid,
+    TooManyParts: refuse_many_parts,
     InvalidField: refuse_field,
     ForbiddenPrompt: refuse_forbidden_prompt,
     ContextExceeded: refuse_long_prompt,

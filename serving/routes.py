@@ -18,6 +18,7 @@ from starlette.staticfiles import StaticFiles
 
 import models
 from backends.base import Generation
+from serving.bodies import BoundedRoute
 from serving.documentation import ERRORS, NOT_READY, PLAIN_TEXT
 from serving.error_handlers import FAILURES, count_failure, failure_message
 from serving.middleware import with_slashes
@@ -106,7 +107,7 @@ def readiness(service: Service) -> str:
 
 # --- Text ---------------------------------------------------------------------------------------
 
-text_routes = APIRouter(tags=["generation"])
+text_routes = APIRouter(tags=["generation"], route_class=BoundedRoute)
 prompt_route = APIRouter(tags=["generation"])  # to be included last: it takes any path
 
 

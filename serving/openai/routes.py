@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request
 
 import models
 from backends.base import Backend, InvalidField
+from serving.bodies import BoundedRoute
 from serving.documentation import CHAT_CHUNKS, COMPLETION_CHUNKS, OPENAI_ERRORS
 from serving.middleware import with_slashes
 from serving.openai.responses import ChatBuilder, CompletionBuilder
@@ -15,7 +16,7 @@ from serving.streams import admit
 
 LOADED_AT_SECONDS = int(time.time())
 
-openai_routes = APIRouter(tags=["openai"])
+openai_routes = APIRouter(tags=["openai"], route_class=BoundedRoute)
 
 
 @openai_routes.post(

@@ -1,0 +1,64 @@
+"""How many parts a body may have.
+
+A body is parsed and checked on the event loop, where all others wait meanwhile. A thread would
+not help: the parser keeps Python's lock until it is done, and threads that are busy in Python
+hold up the engine's. So a body has a limit to what there is to parse.
+"""
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+
+# Texts (names of fields too), lists, objects, fractions and truth values: the longest conversation
+# that models.py takes has 20,000. Whole numbers are not among them: token ids come by the hundred
+# thousand, and are parsed faster than anything else.
+MAX_PARTS = 30_000
+
+
+class TooManyParts(HTTPException):
+    """A body takes too long to parse. FastAPI lets nothing but HTTPException out of `json`."""
+
+    def __init__(self) -> None:
+        super().__init__(422, f"at most {MAX_PARTS} texts, lists, objects and fractions")
+
+
+def count_parts(text: str) -> int:
+    """How many parts JSON has, or a number above MAX_PARTS, without parsing it."""
+    without_escapes = text.replace("\\\\", "").replace('\\"', "")
+    pieces = without_escapes.split('"', 2 * MAX_PARTS + 2)
+    outside_of_texts = "".join(pieces[::2])
+    return len(pieces) // 2 + sum(map(outside_of_texts.count, "[{.eEN"))
+
+
+class BoundedRequest(Request):
+    async def json(self) -> Any:
+        """The body. Raises TooManyParts, and what `json.loads` does."""
+        if not hasattr(self, "_json"):
+            body = await self.body()
+            text = body.decode(json.detect_encoding(body), "surrogatepass")
+            is_long = len(text) > MAX_PARTS  # no text has more parts than characters
+            if is_long and count_parts(text) > MAX_PARTS:
+                raise TooManyParts
+            self._json = json.loads(text)
+            if is_long:
+                # All others have a turn before it is checked: `sleep(0)` would go before those
+                # who became ready while it was parsed.
+                await asyncio.sleep(1e-6)
+        return self._json
+
+
+class BoundedRoute(APIRoute):
+    """Reads its body as a BoundedRequest (FastAPI: Custom Request and APIRoute class)."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            return await handler(BoundedRequest(request.scope, request.receive))
+
+        return handle
