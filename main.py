@@ -18,7 +18,8 @@ The life of a request:
  6. The engine's thread makes one token for every running sequence in each step, and takes back
     tokens that would spell a forbidden word.
  7. The route waits for the text, or streams it as it comes, and listens for its client to leave.
- 8. An error on the way becomes an answer in one place, serving/error_handlers.py.
+ 8. An error on the way becomes an answer in one place, serving/error_handlers.py; a stream that
+    has begun ends with an error event.
 """
 
 import gc
@@ -158,7 +159,7 @@ async def generate(http: Request, body: models.GenerateRequest, service: Current
     `{"text": delta}` as it is made, then one with the whole response."""
     backend = service.backend(body.model)
     submitting = backend.submit_text(body.prompt, body, streams=body.stream)
-    generation = await admit(http, submitting)
+    generation = await admit(http, submitting)  # which meanwhile listens for the client to leave
     if body.stream:
         return GenerationStream(native_events(body.prompt, generation), generation)
     ((delta,),) = await finish(http, generation)

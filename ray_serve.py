@@ -72,7 +72,7 @@ class Replica:
         for which `/ready` says no too, is no reason."""
         import main
 
-        for backend in main.registry.backends.values():
+        for backend in main.app.state.service.registry.backends.values():
             if not backend.is_healthy:
                 raise RuntimeError(f"the engine of {backend.name} keeps failing")
 

@@ -128,14 +128,14 @@ def choose_kernel(dtype: torch.dtype, device_type: str, quantization: str | None
     """
     if device_type != "cpu":
         if quantization:
-            raise ValueError("QUANTIZATION=int8 needs a CPU")
+            raise ValueError("int8 needs a CPU")
         return PLAIN
     if quantization:
         for kernel in int8_kernels():
             if not (problem := what_is_wrong_with(kernel, torch.float32)):
                 return kernel
             logger.debug("%s is not used: %s", kernel.name, problem)
-        logger.warning("QUANTIZATION=int8 is left out: torch has no int8 kernel that is right here")
+        logger.warning("int8 is left out: torch has no int8 kernel that is right here")
     problem = what_is_wrong_with(ONEDNN, dtype)
     if not problem:
         return ONEDNN

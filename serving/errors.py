@@ -49,7 +49,7 @@ def error_response(
     param: str | None = None,
     code: str | None = None,
 ) -> JSONResponse:
-    """The same as an answer."""
+    """An answer with that body."""
     body = error_body(scope["path"], status, detail, param=param, code=code)
     return JSONResponse(body, status, headers)
 

@@ -126,7 +126,7 @@ def set_up_logging(settings: Settings) -> None:
 
 
 def add_generation_to_log(generation: Generation) -> None:
-    """Puts down that a model works for the request under way."""
+    """The log line of the request under way will tell of this text."""
     facts = request_facts.get()
     if facts is not None:
         facts.setdefault("generations", []).append(generation)

@@ -126,6 +126,8 @@ def test_service_is_right_on_one_core(started: Callable[[str], Process]) -> None
 def test_int8_is_right_where_pairs_are_added_in_16_bits(started: Callable[[str], Process]) -> None:
     """It gave 32.4 for 63 on processors without VNNI; seeds hold for requests that run alone."""
     about = found(started("int8 with avx2"))
+    if IS_X86 and torch.cpu._is_avx2_supported():
+        assert about["kernel"] == "int8 fbgemm, 7-bit inputs"
     if about["kernel"].startswith("int8"):
         assert about["adversarial_sum"] == pytest.approx(63, rel=0.01)
     assert about["seeded"]["again"] == about["seeded"]["alone"]
