@@ -142,8 +142,10 @@ def pools(engine: ExternalBackend) -> list[Any]:
 
 
 def connections(engine: ExternalBackend) -> list[Any]:
-    """Those that a request holds; an idle one waits for the next."""
-    return [c for pool in pools(engine) for c in pool.connections if not c.is_idle()]
+    """Those that a request holds: an idle one waits for the next, and a closed one, which stays
+    in the pool until the next request comes, holds nothing."""
+    every = [connection for pool in pools(engine) for connection in pool.connections]
+    return [each for each in every if not (each.is_idle() or each.is_closed())]
 
 
 def read_events(client: httpx.Client, body: Any, path: str = "/v1/completions") -> list[Any]:
