@@ -407,10 +407,10 @@ def test_log_names_the_replica_and_never_the_prompt(service: RayService) -> None
 
 
 def test_killed_replica_loses_only_what_it_worked_on(service: RayService) -> None:
-    """Every stream ends whole or with an error event, every other request with 200 or 503."""
+    """Every stream ends whole or with an error event, every other request with 200 or 503. Ray
+    once gave all the streams to one replica, so none needs to be left over."""
     before = service.replica_pids()
     assert len(before) == 2
-    victim = min(before)
     outcomes: Counter[int] = Counter()
     running: dict[str, float] = {}
     is_over = threading.Event()
@@ -426,7 +426,10 @@ def test_killed_replica_loses_only_what_it_worked_on(service: RayService) -> Non
 
     def kill() -> None:
         running.update(by_replica(service.metrics(), "vllm:num_requests_running"))
-        os.kill(victim, signal.SIGKILL)
+        busiest = max(running, key=running.__getitem__)
+        line = re.search(rf'pid=(\d+)\).*"replica": "{busiest}"', "".join(service.lines))
+        assert line
+        os.kill(int(line[1]), signal.SIGKILL)
 
     with ThreadPoolExecutor(4) as pool:
         asking = [pool.submit(ask) for _ in range(4)]
@@ -437,13 +440,11 @@ def test_killed_replica_loses_only_what_it_worked_on(service: RayService) -> Non
             each.result()
     assert all(is_whole for _, is_whole in streams)
     ends = Counter(text.rstrip().rsplit("\n\n", 1)[-1] for text, _ in streams)
-    num_done = ends.pop("data: [DONE]")
+    num_done = ends.pop("data: [DONE]", 0)
     ((error, num_lost),) = ends.items()  # all others say the same
     assert json.loads(error.removeprefix("data: "))["error"]["message"] == DIED["detail"]
     assert num_done + num_lost == 16
-    tag = re.search(rf'pid={victim}\).*"replica": "(\w+)"', "".join(service.lines))
-    assert tag
-    assert num_lost <= running[tag[1]]
+    assert num_lost <= max(running.values())
     assert outcomes[503] <= 4  # each asks for one thing at a time
     assert outcomes[200] > 20
     after = service.replica_pids()
