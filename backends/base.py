@@ -288,4 +288,4 @@ def listed_prompts(body: models.CompletionRequest, max_prompts: int) -> list[str
 
 def holds_forbidden_word(content_filter: TextFilter, *texts: str) -> bool:
     """Whether one of the texts holds a forbidden word."""
-    return any(content_filter.scan(text, 0, True)[0] for text in texts)
+    return any(content_filter.find(text) for text in texts)

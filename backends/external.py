@@ -53,6 +53,7 @@ from engine import (
     QueueFullError,
     StepStats,
     TextFilter,
+    TextReading,
 )
 
 logger = logging.getLogger("external")
@@ -183,7 +184,7 @@ class ExternalBackend(Backend):
         self._is_stopping = False
         self._generations: set[ExternalGeneration] = set()
         self._is_forbidden = lru_cache(1 << 14)(
-            lambda text: bool(self.text_filter and self.text_filter.scan(text, 0, True)[0])
+            lambda text: bool(self.text_filter and self.text_filter.find(text))
         )
 
     @property
@@ -262,7 +263,8 @@ class ExternalBackend(Backend):
             sent["stop"] = params.stop
         if "top_k" in params.model_fields_set:  # no field of OpenAI's own
             sent["top_k"] = params.top_k
-        held = [HeldText(self.text_filter, prompt, streams) for _ in range(num_sequences)]
+        (reading,) = self._read_prompts([prompt])
+        held = [HeldText(reading, streams) for _ in range(num_sequences)]
         return await self._submit("completions", sent, held, deadline)
 
     async def submit_completion(self, body: models.CompletionRequest) -> Generation:
@@ -300,12 +302,15 @@ class ExternalBackend(Backend):
             raise ForbiddenPrompt("prompt" if route == "completions" else "messages")
         sent = body.model_dump(exclude_unset=True, exclude=OUR_FIELDS) | changes
         num_sequences = sent.get("n", 1)
+        readings = await asyncio.to_thread(self._read_prompts, before)
         held = [
-            HeldText(self.text_filter, text, body.stream)
-            for text in before
-            for _ in range(num_sequences)
+            HeldText(reading, body.stream) for reading in readings for _ in range(num_sequences)
         ]
         return await self._submit(route, sent, held, deadline)
+
+    def _read_prompts(self, prompts: list[str]) -> list[TextReading | None]:
+        """What the filter has read before the first chunk of the choices of each prompt."""
+        return [self.text_filter.read(text) if self.text_filter else None for text in prompts]
 
     def _new_deadline(self) -> Deadline:
         return Deadline(time.monotonic(), self.request_timeout_seconds)
@@ -316,7 +321,7 @@ class ExternalBackend(Backend):
         sent = {"prompt": prompt, "max_tokens": 1}
         # Its text goes nowhere, and it has to come to its end: it is not filtered.
         generation = await self._submit(
-            "completions", sent, [HeldText(None, prompt, streams=False)], deadline
+            "completions", sent, [HeldText(None, streams=False)], deadline
         )
         await generation.complete()
         if generation.usage is None:

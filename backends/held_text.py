@@ -3,10 +3,7 @@
 from collections import deque
 
 from backends.upstream import Logprobs, merge_logprobs
-from engine import FinishReason, TextFilter
-
-FILTER_TAIL_CHARACTERS = 1000  # a forbidden word may begin in the last so many of a prompt
-LOOK_BACK_CHARACTERS = 200  # the filter looks at so many before a word, for letters
+from engine import FinishReason, TextReading
 
 
 class HeldText:
@@ -16,13 +13,11 @@ class HeldText:
     spell. Over HTTP nothing can be rolled back: a forbidden word ends the choice.
     """
 
-    def __init__(self, text_filter: TextFilter | None, prompt_text: str, streams: bool):
-        self.text_filter = text_filter
+    def __init__(self, prompt_reading: TextReading | None, streams: bool):
+        """prompt_reading: a forbidden word may begin in the prompt; None: nothing is filtered."""
+        self.reading = prompt_reading and prompt_reading.copy()
         self.streams = streams
-        # What the filter still has to see; a forbidden word may begin in the prompt.
-        self.window = prompt_text[-FILTER_TAIL_CHARACTERS - LOOK_BACK_CHARACTERS :]
-        self.num_safe = max(0, len(self.window) - FILTER_TAIL_CHARACTERS)  # of the window
-        self.held: deque[tuple[str, Logprobs | None]] = deque()  # chunks, at the window's end
+        self.held: deque[tuple[str, Logprobs | None]] = deque()
         self.num_held = 0  # characters of them
         self.text = ""  # passed, and not given out yet
         self.logprobs: list[Logprobs] = []
@@ -36,7 +31,8 @@ class HeldText:
         """What the client gains by a chunk, if it is to be told."""
         self.held.append((text, logprobs))
         self.num_held += len(text)
-        self.window += text
+        if self.reading:
+            self.reading.append(text)
         self.finish_reason = finish_reason
         self._release(self._num_passed(is_last=finish_reason is not None))
         if not self.finish_reason and not (self.streams and self.text):
@@ -47,14 +43,14 @@ class HeldText:
 
     def _num_passed(self, is_last: bool) -> int:
         """How many characters of the held chunks may go out; below 0: none, nor an empty chunk."""
-        if not self.text_filter:
-            self.window = ""
+        if not self.reading:
             return self.num_held
-        hit, self.num_safe = self.text_filter.scan(self.window, self.num_safe, final=is_last)
-        num_passed = (hit[0] if hit else self.num_safe) - (len(self.window) - self.num_held)
+        hit, num_safe = self.reading.scan(None, final=is_last)
         if hit:
             self.is_cut, self.finish_reason = True, "content_filter"
-        return num_passed
+            num_safe = hit[0]
+        self.reading.forget(num_safe)
+        return num_safe - (self.reading.length - self.num_held)
 
     def _release(self, num_passed: int) -> None:
         while self.held and len(self.held[0][0]) <= num_passed:
@@ -66,7 +62,3 @@ class HeldText:
                 self.logprobs.append(logprobs)
         if self.is_cut and self.held:
             self.text += self.held[0][0][: max(0, num_passed)]
-        num_seen = min(self.num_safe, len(self.window) - self.num_held) - LOOK_BACK_CHARACTERS
-        if num_seen > 0:
-            self.window = self.window[num_seen:]
-            self.num_safe -= num_seen

@@ -48,7 +48,7 @@ class TokenSpelling:
     def _is_forbidden(self, token_id: int) -> bool:
         """Whether a token alone holds a forbidden word."""
         text = self.raw_bytes(token_id).decode(errors="replace")
-        return self.text_filter is not None and bool(self.text_filter.scan(text, 0, True)[0])
+        return self.text_filter is not None and bool(self.text_filter.find(text))
 
     def text(self, token_id: int) -> str:
         """A token as OpenAI writes it: no two tokens the same."""

@@ -46,6 +46,7 @@ from engine.request import (
     SamplingParams,
     StepStats,
     TextFilter,
+    TextReading,
 )
 from engine.threads import available_cores
 
@@ -62,6 +63,7 @@ __all__ = [
     "SamplingParams",
     "StepStats",
     "TextFilter",
+    "TextReading",
     "available_cores",
     "choose_kernel",
     "instruction_set",

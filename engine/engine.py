@@ -198,12 +198,10 @@ class Engine:
         deltas: asyncio.Queue[Delta | Exception] = asyncio.Queue()
         requests, seqs = [], []
         for i, prompt_token_ids in enumerate(prompts):
-            text, num_safe_characters = self.output.read_prompt(prompt_token_ids)
             request = EngineRequest(
                 prompt_token_ids,
                 params.fitted(len(prompt_token_ids), self.max_model_len),
-                text,
-                num_safe_characters,
+                self.output.read_prompt(prompt_token_ids),
                 streams,
                 asyncio.get_running_loop(),
                 num_sequences=num_sequences,

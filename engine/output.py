@@ -5,7 +5,7 @@ from bisect import bisect_right
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
-from engine.request import Delta, FinishReason, Sequence, TextFilter
+from engine.request import Delta, FinishReason, Sequence, TextFilter, TextReading
 
 CONTEXT_TOKENS = 32  # so many of the prompt's last tokens tell the decoder how to begin
 MAX_ROLLBACKS = 8  # that a sequence may have, and one more for each of its tokens
@@ -29,13 +29,12 @@ class OutputProcessor:
         self.eos_token_ids = eos_token_ids
         self.num_rollbacks = 0
 
-    def read_prompt(self, prompt_token_ids: list[int]) -> tuple[str, int]:
-        """The prompt's text as far as the filter needs it, and in how many of its characters no
-        forbidden word can begin, whatever follows."""
+    def read_prompt(self, prompt_token_ids: list[int]) -> TextReading | None:
+        """What the filter has read before the first token; None without a filter."""
         if not self.text_filter:
-            return "", 0
-        text = self.tokenizer.decode(prompt_token_ids, skip_special_tokens=True)
-        return text, self.text_filter.scan(text, 0, final=False)[1]
+            return None
+        text: str = self.tokenizer.decode(prompt_token_ids, skip_special_tokens=True)
+        return self.text_filter.read(text)
 
     def append(self, seq: Sequence, token_id: int) -> Delta | None:
         """What the client gains by this token: text that nothing to come can take back."""
@@ -45,7 +44,8 @@ class OutputProcessor:
         seq.output_token_ids.append(token_id)
         request.num_generated_tokens += 1
         old_length = len(seq.text)
-        seq.text += self._decode(seq, token_id)
+        piece = self._decode(seq, token_id)
+        seq.text += piece
         seq.text_ends.append(len(seq.text))
         finish_reason = self._finish_reason(seq, token_id)
         if len(seq.output_token_ids) > params.min_tokens:
@@ -60,8 +60,9 @@ class OutputProcessor:
         if not finish_reason:
             settled = self._before_stop(seq, settled)
         safe = settled
-        if self.text_filter:
-            hit_start, settled, safe = self._filter(seq, self.text_filter, settled, finish_reason)
+        if seq.reading:
+            seq.reading.append(piece)
+            hit_start, settled, safe = self._filter(seq, seq.reading, settled, finish_reason)
             if hit_start is not None:
                 return self._roll_back(seq, hit_start)
         if finish_reason:
@@ -81,26 +82,22 @@ class OutputProcessor:
     def _filter(
         self,
         seq: Sequence,
-        text_filter: TextFilter,
+        reading: TextReading,
         settled: int,
         finish_reason: FinishReason | None,
     ) -> tuple[int | None, int, int]:
         """(where a forbidden word begins in the text, else None; how much of the text is settled;
         in how much of it no forbidden word can begin)."""
-        prompt = seq.request.prompt_text
-        # The text may be shorter than what was safe before: a roll-back takes whole tokens.
-        start = min(seq.num_safe_characters, len(prompt) + settled)
-        is_final = finish_reason is not None
-        hit, safe = text_filter.scan(prompt + seq.text[:settled], start, final=is_final)
+        num_before = seq.request.reading.length if seq.request.reading else 0  # of the prompt
+        hit, safe = reading.scan(num_before + settled, final=finish_reason is not None)
         if hit:
-            return hit[0] - len(prompt), settled, safe
-        if safe < len(prompt) + settled:
+            return hit[0] - num_before, settled, safe
+        if safe < num_before + settled:
             # A forbidden word may have begun; then its first token will be drawn anew.
-            settled = self._before_stop(seq, seq.token_start(safe - len(prompt)))
-            start = min(start, len(prompt) + settled)
-            _, safe = text_filter.scan(prompt + seq.text[:settled], start, final=False)
-        seq.num_safe_characters = safe
-        return None, settled, safe - len(prompt)
+            settled = self._before_stop(seq, seq.token_start(safe - num_before))
+            _, safe = reading.scan(num_before + settled, final=False)
+        reading.forget(safe)
+        return None, settled, safe - num_before
 
     def _before_stop(self, seq: Sequence, end: int) -> int:
         """Where in text[:end] a stop string may have begun at its end; else `end`."""
@@ -144,6 +141,9 @@ class OutputProcessor:
         seq.text = seq.text[: seq.text_ends[-1] if kept else 0]
         if seq.num_rollbacks > MAX_ROLLBACKS + kept:
             return self._release(seq, kept, "content_filter")
+        if seq.request.reading:
+            seq.reading = seq.request.reading.copy()
+            seq.reading.append(seq.text)
         seq.decode_stream = None
         for token_id in seq.output_token_ids:
             self._decode(seq, token_id)

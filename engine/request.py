@@ -127,9 +127,30 @@ class StepStats:
 class TextFilter(Protocol):
     """What the engine asks of a content filter (`serving.content_filter` has one)."""
 
-    def scan(self, text: str, start: int, final: bool) -> tuple[tuple[int, int] | None, int]:
-        """(span of the first forbidden word that begins at or after `start`, else None; the
-        length of the longest prefix in which none can begin, whatever text follows)."""
+    def find(self, text: str) -> tuple[int, int] | None:
+        """Span of a forbidden word in a whole text, else None."""
+
+    def read(self, text: str) -> "TextReading":
+        """A text that will be read on."""
+
+
+class TextReading(Protocol):
+    """A text that is looked through while it is written."""
+
+    length: int  # of the text until now, in characters
+
+    def append(self, text: str) -> None:
+        """Reads on."""
+
+    def scan(self, end: int | None, final: bool) -> tuple[tuple[int, int] | None, int]:
+        """(span of a forbidden word in text[:end], else None; the length of the longest prefix in
+        which none can begin, whatever text follows). final: none does."""
+
+    def forget(self, length: int) -> None:
+        """Lets go of text[:length], in which no word can begin any more."""
+
+    def copy(self) -> "TextReading":
+        """One that can be read on by itself."""
 
 
 class Status(enum.Enum):
@@ -147,8 +168,7 @@ class EngineRequest:
         self,
         prompt_token_ids: list[int],
         params: SamplingParams,
-        prompt_text: str,
-        num_safe_characters: int,
+        reading: TextReading | None,
         streams: bool,
         loop: asyncio.AbstractEventLoop,
         *,
@@ -159,8 +179,7 @@ class EngineRequest:
         self.id = next(self.ids)
         self.prompt_token_ids = prompt_token_ids
         self.params = params
-        self.prompt_text = prompt_text  # a forbidden word may begin in it
-        self.num_safe_characters = num_safe_characters  # at its beginning, where none can begin
+        self.reading = reading  # of the prompt: a forbidden word may begin in it
         self.streams = streams  # False: each sequence has one delta, its last
         self.is_aborted = False
         self.arrived_seconds = time.monotonic()
@@ -198,8 +217,7 @@ class Sequence:
         self.text = ""  # what the output tokens decode to, stop string left out
         self.text_ends: list[int] = []  # len(text) after each output token
         self.num_released_tokens = 0  # of the output, already handed to the client
-        # So many characters of prompt and text are past the filter: no word begins in them.
-        self.num_safe_characters = request.num_safe_characters
+        self.reading = request.reading and request.reading.copy()  # of prompt and text
         self.banned: dict[int, list[int]] = {}  # output position -> token ids rolled back there
         self.num_rollbacks = 0
         self.last_token_seconds: float | None = None  # when the last token came

@@ -25,7 +25,7 @@ from fastapi.testclient import TestClient
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from engine import Delta, Engine, EngineRequest, SamplingParams
+from engine import Delta, Engine, EngineRequest, SamplingParams, TextReading
 from engine.request import Sequence
 
 ROOT = Path(__file__).parent.parent
@@ -215,10 +215,10 @@ def sequences(
     count: int = 1,
     seed: int = 0,
     streams: bool = False,
-    prompt_text: str = "",
+    reading: TextReading | None = None,
 ) -> list[Sequence]:
     """The sequences of one request, as the engine makes them."""
-    request = EngineRequest(prompt or [1], params, prompt_text, 0, streams, loop=None)
+    request = EngineRequest(prompt or [1], params, reading, streams, loop=None)
     seqs = [Sequence(request, index, seed) for index in range(count)]
     for seq in seqs:
         seq.output_token_ids += output

@@ -22,6 +22,8 @@ from engine import (
     QueueFullError,
     SamplingParams,
 )
+from serving.content_filter import ContentFilter
+from serving.reading import Reading
 from tests.support import (
     LONG_PROMPT,
     PROMPT,
@@ -494,19 +496,23 @@ def test_failed_step_in_a_stream_raises_after_the_deltas(
     assert len(one(small_engine, PROMPT, max_new_tokens=3, ignore_eos=True).token_ids) == 3
 
 
-class FailingFilter:
+class FailingReading(Reading):
     """Raises for texts that hold an x; everything else may pass."""
 
-    def scan(self, text: str, start: int = 0, final: bool = True) -> tuple[None, int]:
+    def append(self, text: str) -> None:
         if "x" in text:
             raise RuntimeError("injected")
-        return None, len(text)
+
+
+class FailingFilter(ContentFilter):
+    def read(self, text: str) -> Reading:
+        return FailingReading(self.automaton, self.candidate)
 
 
 @pytest.mark.parametrize("streams", [False, True])
 def test_failed_step_hangs_nobody_who_finished_in_it(small_engine: Engine, streams: bool) -> None:
     """One sequence has its last token when the step fails at the next sequence."""
-    small_engine.output.text_filter = FailingFilter()
+    small_engine.output.text_filter = FailingFilter("")
     lasts = saying(token("a"), token("b"), token("c"))
     fails = saying(token("a"), token("b"), token("x"))
 

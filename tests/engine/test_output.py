@@ -25,10 +25,13 @@ def processor(words: str = "") -> OutputProcessor:
     return OutputProcessor(tokenizer, text_filter, {END_OF_TEXT})
 
 
-def sequence(*, prompt: str = PROMPT, streams: bool = True, **params: Any) -> Sequence:
-    """One with its prompt, which is read to the processor as the engine does."""
+def sequence(
+    words: str = "", *, prompt: str = PROMPT, streams: bool = True, **params: Any
+) -> Sequence:
+    """One with its prompt, which the filter of these words has read."""
+    reading = processor(words).read_prompt(ids(prompt))
     (seq,) = sequences(
-        SamplingParams(**params), prompt=ids(prompt), streams=streams, prompt_text=prompt
+        SamplingParams(**params), prompt=ids(prompt), streams=streams, reading=reading
     )
     return seq
 
@@ -211,13 +214,14 @@ def test_stop_string_before_min_tokens_does_not_count(stop: tuple[str, ...]) -> 
 
 def test_prompt_is_read_for_the_filter_alone() -> None:
     prompt = ids("There was no vio")
-    assert processor().read_prompt(prompt) == ("", 0)
-    safe = len("There was no ")
-    assert processor("violence").read_prompt(prompt) == ("There was no vio", safe)
+    assert processor().read_prompt(prompt) is None
+    reading = processor("violence").read_prompt(prompt)
+    assert reading
+    assert reading.scan(None, final=False) == (None, len("There was no "))
 
 
 def test_roll_back_bans_the_first_token_of_the_word() -> None:
-    output, seq = processor("hate*"), sequence(streams=False, prompt="I")
+    output, seq = processor("hate*"), sequence("hate*", streams=False, prompt="I")
     letters = list(map(token, " hate"))
     assert feed(output, seq, [token(" one"), *letters]) == [None] * 6
     assert seq.text == " one "
@@ -229,7 +233,7 @@ def test_roll_back_bans_the_first_token_of_the_word() -> None:
 
 def test_text_is_given_again_after_a_roll_back() -> None:
     """The decoder begins anew, in the middle of the text."""
-    output, seq = processor("hate*"), sequence(prompt="I", max_new_tokens=6)
+    output, seq = processor("hate*"), sequence("hate*", prompt="I", max_new_tokens=6)
     got = feed(output, seq, map(token, [" one", " ", "h", "a", "t", "e", "a", "t", "e", "s"]))
     assert "".join(texts(got)) == " one ates"
     assert seq.output_token_ids == list(map(token, [" one", " ", "a", "t", "e", "s"]))
@@ -239,14 +243,14 @@ def test_text_is_given_again_after_a_roll_back() -> None:
 
 def test_roll_back_forgets_what_was_banned_behind_it() -> None:
     """There the text is another one now."""
-    output, seq = processor("hate*"), sequence(prompt="I", streams=False)
+    output, seq = processor("hate*"), sequence("hate*", prompt="I", streams=False)
     seq.banned = {0: [7], 1: [8], 5: [9]}
     feed(output, seq, map(token, " hate"))
     assert seq.banned == {0: [7], 1: [8, token("h")]}
 
 
 def test_roll_back_takes_log_probabilities_with_it() -> None:
-    output, seq = processor("hate*"), sequence(prompt="I", max_new_tokens=5)
+    output, seq = processor("hate*"), sequence("hate*", prompt="I", max_new_tokens=5)
     script = iter(map(token, [" ", "h", "a", "t", "e", "a", "t", "e", "s"]))
     got = draw(output, seq, lambda: next(script))
     told = [logprobs.token_id for delta in got for logprobs in delta.logprobs]
@@ -256,7 +260,7 @@ def test_roll_back_takes_log_probabilities_with_it() -> None:
 
 def test_roll_back_finds_half_a_character_again() -> None:
     """It was begun before the word, which kept it from its end."""
-    output, seq = processor("hate*"), sequence(prompt="I")
+    output, seq = processor("hate*"), sequence("hate*", prompt="I")
     *start, end = byte_tokens("🦊")
     got = feed(output, seq, [*start, *map(token, "hate"), end, token("s")])
     assert "".join(texts(got)) == "🦊s"
@@ -265,14 +269,14 @@ def test_roll_back_finds_half_a_character_again() -> None:
 
 def test_roll_back_may_leave_the_beginning_of_another_word() -> None:
     """` h` was followed by `ate`; without them `ha` is followed by `te`."""
-    output, seq = processor("hate*"), sequence(prompt="I")
+    output, seq = processor("hate*"), sequence("hate*", prompt="I")
     got = feed(output, seq, map(token, [" ", "ha", " h", "ate", "t", "e", "s", "."]))
     assert "".join(texts(got)) == " s."
     assert output.num_rollbacks == 2
 
 
 def test_roll_back_may_leave_the_beginning_of_a_stop_string() -> None:
-    output, seq = processor("hate*"), sequence(prompt="I", stop=("s x",))
+    output, seq = processor("hate*"), sequence("hate*", prompt="I", stop=("s x",))
     got = feed(output, seq, map(token, ["s", " h", "ate", " ", "x"]))
     assert "".join(texts(got)) == ""
     assert got[-1]
@@ -284,7 +288,7 @@ def test_word_split_anywhere_never_leaks(word: str) -> None:
     """In two parts, and letter by letter; a stream has seen nothing of it."""
     splits = [ids(word[:i]) + ids(word[i:]) for i in range(1, len(word))] + [[*map(token, word)]]
     for split in splits:
-        output, seq = processor("hate*,violence"), sequence(prompt="I")
+        output, seq = processor("hate*,violence"), sequence("hate*,violence", prompt="I")
         got = feed(output, seq, [token(" one"), *split, token(".")])
         assert texts(got)[0] == " one"
         assert "".join(texts(got)).strip(" .") == "one", split
@@ -294,7 +298,7 @@ def test_word_split_anywhere_never_leaks(word: str) -> None:
 @pytest.mark.parametrize("length", range(1, 8))
 def test_word_begun_in_the_prompt_never_leaks(length: int) -> None:
     word = " violence"
-    output, seq = processor("violence*"), sequence(prompt="No" + word[:length])
+    output, seq = processor("violence*"), sequence("violence*", prompt="No" + word[:length])
     got = feed(output, seq, ids(word[length:]))
     assert texts(got) == [""] * len(got)
     assert output.num_rollbacks == 1
@@ -302,20 +306,20 @@ def test_word_begun_in_the_prompt_never_leaks(length: int) -> None:
 
 
 def test_exact_word_waits_for_its_end() -> None:
-    seq = sequence(prompt="I", max_new_tokens=3)
+    seq = sequence("one", prompt="I", max_new_tokens=3)
     got = feed(processor("one"), seq, [token(" one"), token("s"), token("x")])
     assert texts(got) == ["", " ones", "x"]
 
 
 def test_exact_word_at_the_very_end_is_rolled_back() -> None:
     """Nothing follows, so the word is whole."""
-    output, seq = processor("one"), sequence(prompt="I", max_new_tokens=2)
+    output, seq = processor("one"), sequence("one", prompt="I", max_new_tokens=2)
     assert texts(feed(output, seq, [token("s"), token(" one"), token("x")])) == ["s", "", "x"]
     assert output.num_rollbacks == 1
 
 
 def test_stop_string_may_cut_what_the_filter_let_pass() -> None:
-    seq = sequence(stop=("bcde",))
+    seq = sequence("hate*", stop=("bcde",))
     got = feed(processor("hate*"), seq, map(token, "abcdef"))
     assert "".join(texts(got)) == "a"
     assert got[-1]
@@ -331,7 +335,7 @@ def test_filter_off_lets_everything_pass() -> None:
 def test_too_many_roll_backs_end_the_text(num_kept: int, streams: bool) -> None:
     """One more than MAX_ROLLBACKS and the tokens that stay; what is in order is given."""
     output = processor("hate*,love*")
-    seq = sequence(prompt="I", streams=streams, max_new_tokens=99)
+    seq = sequence("hate*,love*", prompt="I", streams=streams, max_new_tokens=99)
     kept, words = [token(" one")] * num_kept, [ids(" hate"), ids(" love")]
     script = kept + (words[0] + words[1]) * MAX_ROLLBACKS * 2
     got = feed(output, seq, script)
@@ -352,7 +356,7 @@ def draw_both(seed: int, **params: Any) -> tuple[list[Delta], Delta, int]:
     drawn = []
     for streams in (True, False):
         rng, output = random.Random(seed), processor(WORDS)
-        seq = sequence(prompt="I", streams=streams, max_new_tokens=30, **params)
+        seq = sequence(WORDS, prompt="I", streams=streams, max_new_tokens=30, **params)
         drawn.append(draw(output, seq, lambda rng=rng: rng.choice(PIECES)))
     parts, (whole,) = drawn
     return parts, whole, output.num_rollbacks
