@@ -1,7 +1,7 @@
 """Pure ASGI middleware, one job each. From the outside in:
 
 RequestContextMiddleware  the request's id, its log line, headers that every answer has
-HeadLimitMiddleware       414 and 431: a URL or headers that are too long
+HeadLimitMiddleware       414 and 431: a URL or headers that are too long; encoded slashes
 ApiKeyMiddleware          401: who may pass
 ShutdownMiddleware        503: the service is stopping
 RateLimitMiddleware       429: requests and tokens a minute
@@ -50,7 +50,7 @@ MAX_HEADERS_BYTES = 65_536
 STORAGE_TIMEOUT_SECONDS = 1.0  # for the counts that a request's limits look up
 STORAGE_PAUSE_SECONDS = 10.0  # for which nothing is limited, after the storage has failed
 # Stands for an encoded slash while routing: `GET /{prompt}` takes one segment, which may hold one.
-# The first that the path does not hold itself is taken.
+# The first that the path does not hold itself is taken: a URL has no room for all of them.
 ENCODED_SLASHES = [chr(code) for code in range(0xE000, 0xF900)]
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready"})
@@ -79,7 +79,6 @@ class RequestContextMiddleware:
         request_id.set(id_)
         facts: dict[str, Any] = {}
         request_facts.set(facts)
-        keep_encoded_slashes(scope)
         started_seconds = time.monotonic()
         status, too_large = 0, JSONResponse(None)
 
@@ -129,7 +128,7 @@ def with_slashes(scope: Scope, segment: str) -> str:
 
 
 class HeadLimitMiddleware:
-    """Refuses a URL or headers that are too long."""
+    """Refuses a URL or headers that are too long, and reads the path of one that is not."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -142,22 +141,29 @@ class HeadLimitMiddleware:
             if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADERS_BYTES:
                 refusal = error_response(scope, 431, f"Headers exceed {MAX_HEADERS_BYTES} bytes")
                 return await refusal(scope, receive, send)
+            keep_encoded_slashes(scope)
         await self.app(scope, receive, send)
 
 
 def read_api_keys(settings: Settings) -> dict[bytes, str]:
     """The name of every API key, by the key's digest; empty: no key is needed."""
-    entries = (settings.api_keys.get_secret_value() if settings.api_keys else "").split(",")
-    if settings.api_keys_file:
-        entries += settings.api_keys_file.read_text().splitlines()
+    listed = settings.api_keys.get_secret_value().split(",") if settings.api_keys else []
+    file = settings.api_keys_file
+    # What is no UTF-8 is refused below; a byte order mark, which editors add, is no part of a key.
+    lines = file.read_text("utf-8-sig", "replace").splitlines() if file else []
+    entries = [("API_KEYS", entry.strip()) for entry in listed]
+    entries += [("API_KEYS_FILE", line.strip()) for line in lines]
     names = {}
-    for number, entry in enumerate(filter(None, map(str.strip, entries)), start=1):
+    for number, (variable, entry) in enumerate((each for each in entries if each[1]), start=1):
         name, colon, key = (part.strip() for part in entry.rpartition(":"))
         if not key:  # an empty key would be that of everybody who sends none
-            refuse_setting("API_KEYS", f"entry {number} has a name and no key")
+            refuse_setting(variable, f"entry {number} has a name and no key")
+        if not re.fullmatch("[!-~]+", key):  # which no header brings as it is written here
+            reason = "has blanks, or other than ASCII letters, digits and signs"
+            refuse_setting(variable, f"the key of entry {number} {reason}")
         names[key_digest(key)] = name if colon else f"key-{number}"
-    if (settings.api_keys or settings.api_keys_file) and not names:
-        refuse_setting("API_KEYS", "holds no key")
+    if (listed or file) and not names:
+        refuse_setting("API_KEYS_FILE" if file else "API_KEYS", "holds no key")
     return names
 
 

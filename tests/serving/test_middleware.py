@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import openai
 import pytest
@@ -25,7 +26,7 @@ from serving.middleware import (
     read_api_keys,
 )
 from serving.settings import Settings
-from tests.support import PROMPT, Served, new_client, served, wait_until
+from tests.support import PROMPT, Served, new_client, refused_fields, served, wait_until
 
 client = new_client()
 
@@ -70,6 +71,26 @@ def test_url_and_headers_are_limited() -> None:
     assert client.get("/generate/text?prompt=" + "a" * 17_000).status_code == 414
     headers = {f"x-{number}": "a" * 4000 for number in range(20)}
     assert client.get("/health", headers=headers).status_code == 431
+
+
+PRIVATE_USE = [chr(code) for code in range(0xE000, 0xF900)]  # one stands for an encoded slash
+
+
+def test_url_that_leaves_no_placeholder_for_slashes_is_refused() -> None:
+    """A path of all the placeholders was a 500 without a line in the log."""
+    answer = client.get(f"/{quote(''.join(PRIVATE_USE))}%2f")
+    assert (answer.status_code, set(answer.json())) == (414, {"detail"})
+    assert answer.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("count", [1, 20, 1800])
+def test_url_of_placeholders_keeps_its_slashes(count: int) -> None:
+    prompt = f"{''.join(PRIVATE_USE[:count])}/a/"
+    answer = client.get(f"/{quote(prompt, safe='')}?max_new_tokens=1")
+    if count > 500:
+        assert refused_fields(answer) == [["path", "prompt"]]
+    else:
+        assert answer.json()["generated_sequences"][0].startswith(prompt)
 
 
 # --- API keys -----------------------------------------------------------------------------------
@@ -148,15 +169,37 @@ def test_keys_from_a_file(tmp_path: Path) -> None:
     names = read_keys(api_keys_file=file)
     assert names == {key_digest("one"): "alice", key_digest("two"): "key-2"}
     file.write_text("\n")
-    with pytest.raises(SystemExit, match="holds no key"):
+    with pytest.raises(SystemExit, match="API_KEYS_FILE: holds no key"):
         read_keys(api_keys_file=file)
 
 
 @pytest.mark.parametrize("keys", ["alice:", "one, alice: ,two", ":"])
 def test_keys_without_a_key_stop_the_start(keys: str) -> None:
     """An empty key was the key of everybody who sent none."""
-    with pytest.raises(SystemExit, match="has a name and no key"):
+    with pytest.raises(SystemExit, match=r"API_KEYS: entry . has a name and no key"):
         read_keys(api_keys=keys)
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "a b", "a\tb", "a\x7fb", "\ufeffa", "\uff41"])
+def test_keys_that_no_header_brings_stop_the_start(key: str, tmp_path: Path) -> None:
+    """They were taken, and never matched."""
+    file = tmp_path / "keys"
+    for entry in (key, f"name:{key}"):
+        with pytest.raises(SystemExit, match=r"API_KEYS: the key of entry 2 has blanks") as stopped:
+            read_keys(api_keys=f"fine,{entry}")
+        assert key not in str(stopped.value)
+        file.write_text(f"fine\n{entry}\n", encoding="utf-8")
+        with pytest.raises(SystemExit, match=r"API_KEYS_FILE: the key of entry 2 has blanks"):
+            read_keys(api_keys_file=file)
+
+
+def test_keys_from_a_file_of_another_encoding(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("one\n", encoding="utf-8-sig")
+    assert read_keys(api_keys_file=file) == {key_digest("one"): "key-1"}
+    file.write_text("schlüssel\n", encoding="latin-1")
+    with pytest.raises(SystemExit, match="API_KEYS_FILE: the key of entry 1"):
+        read_keys(api_keys_file=file)
 
 
 # --- Shutdown -----------------------------------------------------------------------------------
