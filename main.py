@@ -40,7 +40,6 @@ from typing import Any
 import torch
 from fastapi import FastAPI, Request
 from fastapi_offline import FastAPIOffline
-from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.middleware.cors import CORSMiddleware
 from transformers import pipeline
 from transformers.utils.logging import disable_progress_bar
@@ -54,10 +53,12 @@ from serving.logs import set_up_logging
 from serving.metrics import tell_version
 from serving.middleware import (
     ApiKeyMiddleware,
+    BodyLimitMiddleware,
     HeadLimitMiddleware,
     RateLimitMiddleware,
     RequestContextMiddleware,
     ShutdownMiddleware,
+    UnexpectedErrorMiddleware,
     cors_options,
     read_api_keys,
 )
@@ -131,7 +132,8 @@ document_vocabulary(app, registry)
 add_error_handlers(app)
 
 # From the inside out: the last one added is the first that a request meets.
-app.add_middleware(RequestBodyLimitMiddleware, max_body_size=settings.max_body_bytes)
+app.add_middleware(BodyLimitMiddleware, max_body_bytes=settings.max_body_bytes)
+app.add_middleware(UnexpectedErrorMiddleware)
 app.add_middleware(RateLimitMiddleware, settings=settings)
 app.add_middleware(ShutdownMiddleware, shutdown=service.shutdown)
 app.add_middleware(
@@ -142,7 +144,7 @@ app.add_middleware(
 app.add_middleware(HeadLimitMiddleware)
 if settings.cors_origins:
     app.add_middleware(CORSMiddleware, **cors_options(settings))
-app.add_middleware(RequestContextMiddleware, max_body_bytes=settings.max_body_bytes)
+app.add_middleware(RequestContextMiddleware)
 
 app.mount("/static", PageFiles())
 app.include_router(service_routes)

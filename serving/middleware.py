@@ -5,6 +5,8 @@ HeadLimitMiddleware       414 and 431: a URL or headers that are too long; encod
 ApiKeyMiddleware          401: who may pass
 ShutdownMiddleware        503: the service is stopping
 RateLimitMiddleware       429: requests and tokens a minute
+UnexpectedErrorMiddleware 500: what nobody else has caught
+BodyLimitMiddleware       413: a body that is too large
 
 Not BaseHTTPMiddleware, under which a route never hears that its client has gone.
 """
@@ -26,10 +28,10 @@ from limits import RateLimitItemPerMinute
 from limits.aio.strategies import FixedWindowRateLimiter
 from limits.errors import StorageError
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.errors import STOPPING, error_response, retry_after
+from serving.errors import STOPPING, UNEXPECTED, error_response, retry_after
 from serving.logs import (
     add_to_log,
     first_line,
@@ -63,13 +65,12 @@ def is_open(path: str) -> bool:
 
 
 class RequestContextMiddleware:
-    """Gives a request its id and its log line, and a 413 the shape of other errors."""
+    """Gives a request its id, its log line, and the headers that every answer has."""
 
     VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int):
+    def __init__(self, app: ASGIApp):
         self.app = app
-        self.max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -80,16 +81,12 @@ class RequestContextMiddleware:
         facts: dict[str, Any] = {}
         request_facts.set(facts)
         started_seconds = time.monotonic()
-        status, too_large = 0, JSONResponse(None)
+        status = 0
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status, too_large
+            nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if status == 413:  # the body limit answers in plain text
-                    detail = f"Request body is larger than {self.max_body_bytes} bytes"
-                    too_large = error_response(scope, 413, detail)
-                    message["headers"] = too_large.raw_headers
                 message["headers"] = [
                     *message["headers"],
                     (b"x-request-id", id_.encode()),
@@ -97,8 +94,6 @@ class RequestContextMiddleware:
                     (b"referrer-policy", b"no-referrer"),  # a path may be a prompt
                     (b"x-frame-options", b"DENY"),
                 ]
-            elif status == 413:
-                message["body"] = too_large.body
             await send(message)
 
         try:
@@ -310,6 +305,63 @@ class RateLimitMiddleware:
                     code="rate_limit_exceeded",
                 )
         return refused, headers
+
+
+class UnexpectedErrorMiddleware:
+    """Answers 500 where others can still add their headers, and raises the error on for the log."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+
+        async def send_on(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_on)
+        except Exception:
+            if scope["type"] == "http" and not has_begun:
+                await error_response(scope, 500, UNEXPECTED)(scope, receive, send)
+            raise
+
+
+class BodyLimitMiddleware:
+    """Refuses a body that is too large, as soon as its length says so or too much has come of it:
+    also one that no route reads."""
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int):
+        self.app = app
+        self.max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        num_bytes, has_begun = 0, False
+
+        async def receive_within_limit() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            # A client that has gone is what the app knows how to end its work for.
+            return message if num_bytes <= self.max_body_bytes else {"type": "http.disconnect"}
+
+        async def send_within_limit(message: Message) -> None:
+            nonlocal has_begun
+            if has_begun or num_bytes <= self.max_body_bytes:
+                has_begun = True
+                await send(message)
+
+        length = dict(scope["headers"]).get(b"content-length", b"")
+        is_too_large = length.isdigit() and int(length) > self.max_body_bytes
+        if not is_too_large:
+            await self.app(scope, receive_within_limit, send_within_limit)
+        if not has_begun and (is_too_large or num_bytes > self.max_body_bytes):
+            detail = f"Request body is larger than {self.max_body_bytes} bytes"
+            await error_response(scope, 413, detail)(scope, receive, send)
 
 
 def cors_options(settings: Settings) -> dict[str, Any]:

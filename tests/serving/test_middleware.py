@@ -5,8 +5,13 @@ Tests marked `contract` may be sent to another service; so only the others impor
 """
 
 import asyncio
+import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -20,13 +25,15 @@ from starlette.routing import Route
 
 from serving.middleware import (
     ApiKeyMiddleware,
+    BodyLimitMiddleware,
     RateLimitMiddleware,
     RequestContextMiddleware,
+    UnexpectedErrorMiddleware,
     key_digest,
     read_api_keys,
 )
 from serving.settings import Settings
-from tests.support import PROMPT, Served, new_client, refused_fields, served, wait_until
+from tests.support import PROMPT, ROOT, Served, new_client, refused_fields, served, wait_until
 
 client = new_client()
 
@@ -104,7 +111,7 @@ def keyed_client(app: Any, metrics_need_key: bool = True) -> TestClient:
     """Of the app behind keys."""
     names = read_keys(api_keys="alice:two, three")
     keyed = ApiKeyMiddleware(app, names, metrics_need_key)
-    return TestClient(RequestContextMiddleware(keyed, max_body_bytes=1000))
+    return TestClient(RequestContextMiddleware(keyed))
 
 
 @pytest.fixture
@@ -211,6 +218,96 @@ def test_page_is_served_while_draining(app: Any, monkeypatch: pytest.MonkeyPatch
     assert page.status_code == client.get("/static/page.js").status_code == 200
 
 
+# --- Bodies that are too large, unexpected errors -----------------------------------------------
+
+TOO_LARGE = {"detail": "Request body is larger than 1000000 bytes"}
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("path", ["/Once?max_new_tokens=200", "/generate/text?prompt=a", "/health"])
+def test_body_that_no_route_reads_is_limited_by_its_length(path: str) -> None:
+    answer = client.request("GET", path, content=b"a" * 1_000_001)
+    assert (answer.status_code, answer.json()) == (413, TOO_LARGE)
+
+
+def test_body_that_no_route_reads_is_limited_as_it_comes(app: Any) -> None:
+    """Was a 499: to the route it looked as if its client had gone."""
+    statuses = []
+    bodies = [b"a" * 600_000] * 2
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(0.05)
+        return {"type": "http.request", "body": bodies.pop(), "more_body": True}
+
+    async def send(message: Any) -> None:
+        statuses.append(message.get("status"))
+
+    path = "/Once"
+    scope = {
+        "type": "http", "method": "GET", "path": path, "raw_path": path.encode(), "headers": [],
+        "query_string": b"max_new_tokens=200",
+    }  # fmt: skip
+    asyncio.run(app(scope, receive, send))
+    assert statuses == [413, None]
+    wait_until(lambda: app.state.service.registry.num_unfinished == 0)
+
+
+@pytest.mark.parametrize("too_much", [True, False])
+def test_body_that_breaks_a_stream_off_is_not_answered_twice(too_much: bool) -> None:
+    """Too much of a body, or an error, after the answer has begun."""
+    sent = []
+
+    async def stream(_: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        if too_much:
+            assert (await receive())["type"] == "http.disconnect"
+        else:
+            raise ZeroDivisionError
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"abc", "more_body": True}
+
+    async def send(message: Any) -> None:
+        sent.append(message["type"])
+
+    limited = UnexpectedErrorMiddleware(BodyLimitMiddleware(stream, max_body_bytes=2))
+    with nullcontext() if too_much else pytest.raises(ZeroDivisionError):
+        asyncio.run(limited({"type": "http", "headers": []}, receive, send))
+    assert sent == ["http.response.start"]
+
+
+def test_413_and_500_have_the_headers_of_every_answer() -> None:
+    """They came from outside of the middleware that adds those of CORS and limits."""
+    code = """if True:
+        import json, main
+        from fastapi.testclient import TestClient
+        main.service.registry.get = lambda name: 1 / 0
+        http = TestClient(main.app, raise_server_exceptions=False)
+        for prompt in ("a", "a" * 2000):
+            answer = http.post("/generate", json={"prompt": prompt}, headers={"Origin": "https://a"})
+            print(json.dumps([answer.status_code, answer.json(), dict(answer.headers)]))
+    """
+    settings = {"CORS_ORIGINS": "https://a", "RATE_LIMIT": "9", "MAX_BODY_BYTES": "1500"}
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | settings | {"LOG_LEVEL": "ERROR"},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    answers = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert [(status, body["detail"]) for status, body, _ in answers] == [
+        (500, "Internal server error"),
+        (413, "Request body is larger than 1500 bytes"),
+    ]
+    for number, (_, _, headers) in enumerate(answers, start=1):
+        assert headers["access-control-allow-origin"] == "https://a"
+        assert headers["x-ratelimit-remaining-requests"] == str(9 - number)
+        assert headers["x-request-id"]
+        assert headers["x-frame-options"] == "DENY"
+
+
 # --- Limits, CORS: one service with all of them -------------------------------------------------
 
 NAMES = ("alice", "bob", "carol", "eve", "fay")
@@ -281,9 +378,7 @@ def test_rate_limit_is_off_while_its_storage_fails(
     monkeypatch.setattr("serving.middleware.STORAGE_TIMEOUT_SECONDS", 0.1)
     monkeypatch.setattr("serving.middleware.STORAGE_PAUSE_SECONDS", 0.3)
     limiting = RateLimitMiddleware(app, Settings(rate_limit=1))
-    http = TestClient(
-        RequestContextMiddleware(ApiKeyMiddleware(limiting, {}, True), max_body_bytes=1000)
-    )
+    http = TestClient(RequestContextMiddleware(ApiKeyMiddleware(limiting, {}, True)))
     with monkeypatch.context() as broken:
         broken.setattr(limiting.limiter.storage, "incr", fail)
         assert [http.get("/v1/models").status_code for _ in range(3)] == [200] * 3
