@@ -46,6 +46,12 @@ from transformers.utils.logging import disable_progress_bar
 
 import models
 from serving.bodies import BoundedRoute
+from serving.browsers import (
+    BrowserMiddleware,
+    cors_options,
+    read_allowed_hosts,
+    read_cors_origins,
+)
 from serving.content_filter import ContentFilter
 from serving.documentation import ERRORS, EVENTS, document_vocabulary
 from serving.error_handlers import add_error_handlers
@@ -59,7 +65,6 @@ from serving.middleware import (
     RequestContextMiddleware,
     ShutdownMiddleware,
     UnexpectedErrorMiddleware,
-    cors_options,
     read_api_keys,
 )
 from serving.model_loader import choose_precision
@@ -131,15 +136,20 @@ app.router.route_class = BoundedRoute
 document_vocabulary(app, registry)
 add_error_handlers(app)
 
+key_names = read_api_keys(settings)
 # From the inside out: the last one added is the first that a request meets.
 app.add_middleware(BodyLimitMiddleware, max_body_bytes=settings.max_body_bytes)
 app.add_middleware(UnexpectedErrorMiddleware)
 app.add_middleware(RateLimitMiddleware, settings=settings)
 app.add_middleware(ShutdownMiddleware, shutdown=service.shutdown)
 app.add_middleware(
-    ApiKeyMiddleware,
-    key_names=read_api_keys(settings),
-    metrics_need_key=settings.metrics_need_key,
+    ApiKeyMiddleware, key_names=key_names, metrics_need_key=settings.metrics_need_key
+)
+app.add_middleware(
+    BrowserMiddleware,
+    allowed_hosts=read_allowed_hosts(settings),
+    cors_origins=read_cors_origins(settings),
+    needs_key=bool(key_names),
 )
 app.add_middleware(HeadLimitMiddleware)
 if settings.cors_origins:

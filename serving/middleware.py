@@ -2,6 +2,7 @@
 
 RequestContextMiddleware  the request's id, its log line, headers that every answer has
 HeadLimitMiddleware       414 and 431: a URL or headers that are too long; encoded slashes
+BrowserMiddleware         421 and 403, in browsers.py: pages of other sites
 ApiKeyMiddleware          401: who may pass
 ShutdownMiddleware        503: the service is stopping
 RateLimitMiddleware       429: requests and tokens a minute
@@ -362,18 +363,3 @@ class BodyLimitMiddleware:
         if not has_begun and (is_too_large or num_bytes > self.max_body_bytes):
             detail = f"Request body is larger than {self.max_body_bytes} bytes"
             await error_response(scope, 413, detail)(scope, receive, send)
-
-
-def cors_options(settings: Settings) -> dict[str, Any]:
-    """What Starlette's CORSMiddleware is to allow."""
-    told = [
-        f"X-RateLimit-{what}-{of}"
-        for what in ("Limit", "Remaining", "Reset")
-        for of in ("Requests", "Tokens")
-    ]
-    return {
-        "allow_origins": [origin.strip() for origin in settings.cors_origins.split(",")],
-        "allow_methods": ["GET", "POST"],
-        "allow_headers": ["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
-        "expose_headers": ["X-Request-ID", "Retry-After", *told],
-    }

@@ -223,7 +223,6 @@ def test_page_is_served_while_draining(app: Any, monkeypatch: pytest.MonkeyPatch
 TOO_LARGE = {"detail": "Request body is larger than 1000000 bytes"}
 
 
-@pytest.mark.contract
 @pytest.mark.parametrize("path", ["/Once?max_new_tokens=200", "/generate/text?prompt=a", "/health"])
 def test_body_that_no_route_reads_is_limited_by_its_length(path: str) -> None:
     answer = client.request("GET", path, content=b"a" * 1_000_001)
