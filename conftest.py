@@ -1,5 +1,6 @@
 """What every test needs before it is imported."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -8,3 +9,9 @@ os.environ["MODEL_NAME"] = str(Path(__file__).parent / "gpt2-tales")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 if "PYTEST_XDIST_WORKER" in os.environ:  # `make test`: there is another one beside this
     os.environ.setdefault("TORCH_NUM_THREADS", "1")
+
+
+def pytest_runtest_teardown() -> None:
+    """What a test has logged is shown with it: a thread writes it, somewhat later."""
+    for handler in logging.getLogger("service").handlers:
+        handler.flush()

@@ -40,13 +40,18 @@ from typing import Any
 import torch
 from fastapi import FastAPI, Request
 from fastapi_offline import FastAPIOffline
-from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.middleware.cors import CORSMiddleware
 from transformers import pipeline
 from transformers.utils.logging import disable_progress_bar
 
 import models
 from serving.bodies import BoundedRoute
+from serving.browsers import (
+    BrowserMiddleware,
+    cors_options,
+    read_allowed_hosts,
+    read_cors_origins,
+)
 from serving.content_filter import ContentFilter
 from serving.documentation import ERRORS, EVENTS, document_vocabulary
 from serving.error_handlers import add_error_handlers
@@ -54,11 +59,12 @@ from serving.logs import set_up_logging
 from serving.metrics import tell_version
 from serving.middleware import (
     ApiKeyMiddleware,
+    BodyLimitMiddleware,
     HeadLimitMiddleware,
     RateLimitMiddleware,
     RequestContextMiddleware,
     ShutdownMiddleware,
-    cors_options,
+    UnexpectedErrorMiddleware,
     read_api_keys,
 )
 from serving.model_loader import choose_precision
@@ -130,19 +136,25 @@ app.router.route_class = BoundedRoute
 document_vocabulary(app, registry)
 add_error_handlers(app)
 
+key_names = read_api_keys(settings)
 # From the inside out: the last one added is the first that a request meets.
-app.add_middleware(RequestBodyLimitMiddleware, max_body_size=settings.max_body_bytes)
+app.add_middleware(BodyLimitMiddleware, max_body_bytes=settings.max_body_bytes)
+app.add_middleware(UnexpectedErrorMiddleware)
 app.add_middleware(RateLimitMiddleware, settings=settings)
 app.add_middleware(ShutdownMiddleware, shutdown=service.shutdown)
 app.add_middleware(
-    ApiKeyMiddleware,
-    key_names=read_api_keys(settings),
-    metrics_need_key=settings.metrics_need_key,
+    ApiKeyMiddleware, key_names=key_names, metrics_need_key=settings.metrics_need_key
+)
+app.add_middleware(
+    BrowserMiddleware,
+    allowed_hosts=read_allowed_hosts(settings),
+    cors_origins=read_cors_origins(settings),
+    needs_key=bool(key_names),
 )
 app.add_middleware(HeadLimitMiddleware)
 if settings.cors_origins:
     app.add_middleware(CORSMiddleware, **cors_options(settings))
-app.add_middleware(RequestContextMiddleware, max_body_bytes=settings.max_body_bytes)
+app.add_middleware(RequestContextMiddleware)
 
 app.mount("/static", PageFiles())
 app.include_router(service_routes)

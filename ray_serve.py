@@ -36,7 +36,7 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.errors import OVERLOADED, error_body
+from serving.errors import OVERLOADED, UNEXPECTED, error_body
 
 CONFIG = Path(__file__).parent / "serve.yaml"
 OBJECT_STORE_BYTES = 100_000_000  # nothing is kept there; without a limit it takes 30 % of memory
@@ -178,7 +178,7 @@ class RaysAnswers:
 
         await self.app(scope, receive, forward)
         if begun is None:
-            status, detail = RAYS_ANSWERS.get(rays_status, (500, "Internal server error"))
+            status, detail = RAYS_ANSWERS.get(rays_status, (500, UNEXPECTED))
             headers = {"X-Request-ID": id_.decode()}
             if status == 503:
                 headers["Retry-After"] = "1"

@@ -148,7 +148,7 @@ class LocalBackend(Backend):
         options = {}
         if is_chat and self.tokenizer.chat_template:
             messages = [{"role": "user", "content": prompt}]
-            prompt = self._apply_chat_template(messages)
+            prompt = self._apply_chat_template("prompt", messages)
             options = {"add_special_tokens": False}
         prompt_token_ids = self.tokenizer.backend_tokenizer.encode(prompt, **options).ids
         self._refuse_forbidden("prompt", written, token_ids=prompt_token_ids)
@@ -258,19 +258,23 @@ class LocalBackend(Backend):
             {"role": "system" if message.role == "developer" else message.role, "content": text}
             for message, text in zip(body.messages, texts, strict=True)
         ]
-        try:
-            prompt = self._apply_chat_template(messages)
-        except TemplateError:
-            reason = "the model's chat template does not take these roles in this order"
-            raise InvalidField("messages", reason) from None
+        prompt = self._apply_chat_template("messages", messages)
         token_ids = self._encode(prompt, body.most_tokens or 1, add_special_tokens=False)
         self._refuse_forbidden("messages", *texts, token_ids=token_ids)
         return token_ids
 
-    def _apply_chat_template(self, messages: list[dict[str, str]]) -> str:
-        prompt: str = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False
-        )
+    def _apply_chat_template(self, field: str, messages: list[dict[str, str]]) -> str:
+        """The conversation as the model reads it. Raises InvalidField, whatever the template does,
+        which is a program that came with the model."""
+        try:
+            prompt: str = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:
+            reason = f"the model's chat template failed ({type(error).__name__})"
+            if type(error) is TemplateError:  # of a template's own `raise_exception`
+                reason = "the model's chat template does not take these roles in this order"
+            raise InvalidField(field, reason) from None
         return prompt
 
     def _encode(self, text: str, max_tokens: int, **options: bool) -> list[int]:

@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import httpx
@@ -109,6 +110,24 @@ ACTIONS: dict[str, tuple[set[str], Action]] = {
 }  # fmt: skip
 
 
+def start_service(settings: dict[str, str], **options: Any) -> tuple[subprocess.Popen[bytes], str]:
+    """A service on a free port, and its address, once it is ready. options: of Popen."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    environment = {"MODEL_NAME": str(ROOT / "gpt2-tales"), **settings, **os.environ}
+    command = [sys.executable, "-m", "uvicorn", "main:app", "--port", str(port)]
+    command += ["--log-level", "warning", "--timeout-graceful-shutdown", "25"]
+    server = subprocess.Popen(command, cwd=ROOT, env=environment, **options)
+    while server.poll() is None:
+        try:
+            httpx.get(f"{address}/ready").raise_for_status()
+            return server, address
+        except httpx.HTTPError:
+            time.sleep(0.1)
+    sys.exit("the service does not start")
+
+
 def footprint(pid: int, metrics: str) -> dict[str, float]:
     status = Path(f"/proc/{pid}/status").read_text()
     fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
@@ -159,19 +178,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60)
     seconds = parser.parse_args().seconds
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    environment = {"MODEL_NAME": str(ROOT / "gpt2-tales"), **SETTINGS, **os.environ}
-    command = [sys.executable, "-m", "uvicorn", "main:app", "--port", str(port)]
-    server = subprocess.Popen([*command, "--log-level", "warning"], cwd=ROOT, env=environment)
+    server, address = start_service(SETTINGS)
     try:
-        while server.poll() is None:
-            try:
-                httpx.get(f"{address}/ready").raise_for_status()
-                break
-            except httpx.HTTPError:
-                time.sleep(0.1)
         warm_up: Counter[tuple[str, str]] = Counter()
         asyncio.run(send_traffic(address, min(20, seconds / 4), warm_up))
         start = asyncio.run(settle(address, server.pid))

@@ -27,6 +27,7 @@ from serving.errors import (
     OVERLOADED,
     REFUSED,
     STOPPING,
+    UNEXPECTED,
     UNREACHABLE,
     error_response,
     is_openai_path,
@@ -184,9 +185,9 @@ async def report_refusal(http: Request, error: HTTPException) -> JSONResponse:
 
 
 async def report_unexpected(http: Request, error: Exception) -> JSONResponse:
-    """500 from outside RequestContextMiddleware, so it brings the id itself."""
+    """500 for an error of the middleware itself, from outside of it, so it brings the id along."""
     headers = {"X-Request-ID": http.scope["request_id"]}
-    return error_response(http.scope, 500, "Internal server error", headers)
+    return error_response(http.scope, 500, UNEXPECTED, headers)
 
 
 HANDLERS: dict[type[Exception], Any] = {

@@ -11,6 +11,7 @@ from starlette.types import Scope
 
 RETRY_AFTER_SECONDS = 1
 OVERLOADED = "Too many requests are waiting; try again shortly"
+UNEXPECTED = "Internal server error"
 STOPPING = "The service is stopping"
 FORBIDDEN_PROMPT = "Prompt contains inappropriate content"
 UNREACHABLE = "The external model cannot be reached; try again shortly"

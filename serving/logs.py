@@ -5,13 +5,17 @@ import csv
 import io
 import json
 import logging
+import os
 import queue
 import sys
+import threading
+import time
+from collections import deque
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from io import TextIOWrapper
 from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
-from typing import Any, cast
+from typing import Any, TextIO, cast
 
 from pythonjsonlogger.json import JsonFormatter
 
@@ -28,6 +32,9 @@ USAGE_COLUMNS = (
     "time", "request_id", "route", "model", "prompt_tokens", "generated_tokens", "seconds",
     "status", "key",
 )  # fmt: skip
+
+MAX_WAITING_BYTES = 4_000_000  # of lines that nobody reads; then they are counted only
+FLUSH_SECONDS = 1.0  # that the exit waits for whoever reads the log
 
 logger = logging.getLogger("service")
 usage_logger = logging.getLogger("usage")
@@ -68,6 +75,79 @@ class JsonLines(JsonFormatter):
         log_record.update(log_record.pop("facts", {}))
 
 
+class LineQueue(logging.Handler):
+    """Lines on their way to standard output or error, written by a thread of its own: a pipe that
+    nobody reads holds up no request. Lines that do not fit into MAX_WAITING_BYTES are lost, which
+    is said before the next one that fits."""
+
+    def __init__(self, stream: TextIO | None):
+        super().__init__()
+        # Past the stream's own buffer, whose lock a write that hangs would hold at the exit.
+        self.file_descriptor = stream.fileno() if stream else os.open(os.devnull, os.O_WRONLY)
+        self.changed = threading.Condition()
+        self.lines: deque[bytes] = deque()  # the first is being written
+        self.num_waiting_bytes = 0
+        self.num_lost = self.num_lost_told = 0
+        threading.Thread(target=self._write_lines, name="log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self._line(record)
+        except Exception:
+            return self.handleError(record)
+        with self.changed:
+            if self.num_waiting_bytes + len(line) > MAX_WAITING_BYTES:
+                self.num_lost += 1
+                return
+            if self.num_lost > self.num_lost_told:
+                self._append(self._line(self._tell_of_loss()))
+            self._append(line)
+            self.changed.notify_all()
+
+    def flush(self) -> None:
+        """Waits until all is written, but not for ever. Called at the exit."""
+        with self.changed:
+            self.changed.wait_for(lambda: not self.lines, FLUSH_SECONDS)
+
+    def _line(self, record: logging.LogRecord) -> bytes:
+        return f"{self.format(record)}\n".encode(errors="backslashreplace")
+
+    def _append(self, line: bytes) -> None:
+        self.lines.append(line)
+        self.num_waiting_bytes += len(line)
+
+    def _tell_of_loss(self) -> logging.LogRecord:
+        self.num_lost_told = self.num_lost
+        text = f"lines of this log that were lost, since nobody read it: {self.num_lost}"
+        record = logging.makeLogRecord({"name": "service", "levelname": "WARNING", "msg": text})
+        self.filter(record)
+        return record
+
+    def _write_lines(self) -> None:
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.lines)
+                line = self.lines[0]
+            is_written = write_whole(self.file_descriptor, line)
+            with self.changed:
+                self.lines.popleft()
+                self.num_waiting_bytes -= len(line)
+                self.num_lost += not is_written
+                self.changed.notify_all()
+
+
+def write_whole(file_descriptor: int, line: bytes) -> bool:
+    """Whether that could be done: the reader may have gone, or the disk be full."""
+    while line:
+        try:
+            line = line[os.write(file_descriptor, line) :]
+        except BlockingIOError:  # somebody who shares the pipe has made it so
+            time.sleep(0.05)
+        except OSError:
+            return False
+    return True
+
+
 class UsageFile(RotatingFileHandler):
     """A CSV file that begins with the names of its columns, also after a rotation."""
 
@@ -94,10 +174,10 @@ class UsageQueue(QueueHandler):
 def set_up_logging(settings: Settings) -> None:
     """Gives every line the id of its request; puts our access log in uvicorn's place.
 
-    uvicorn logs whole paths, and the path of `GET /{prompt}` is a prompt. The usage log is
-    written by a thread of its own, and flushed at exit.
+    uvicorn logs whole paths, and the path of `GET /{prompt}` is a prompt. All that is written is
+    written by threads, and flushed at exit.
     """
-    handler = logging.StreamHandler(sys.stdout)
+    handler = LineQueue(sys.__stdout__)
     handler.setFormatter(JsonLines() if settings.log_format == "json" else TextFormatter())
 
     def add_request_id(record: logging.LogRecord) -> bool:
@@ -109,6 +189,10 @@ def set_up_logging(settings: Settings) -> None:
         logging.getLogger(name).handlers[:] = [handler]
         logging.getLogger(name).setLevel(settings.log_level)
     logging.getLogger("uvicorn.access").disabled = True
+    uvicorn = logging.getLogger("uvicorn")  # has a line for whatever is no HTTP, on standard error
+    for number, theirs in enumerate(uvicorn.handlers):
+        uvicorn.handlers[number] = LineQueue(sys.__stderr__)
+        uvicorn.handlers[number].setFormatter(theirs.formatter)
     usage_logger.propagate = False
     if settings.usage_log:
         try:

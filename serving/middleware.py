@@ -1,10 +1,13 @@
 """Pure ASGI middleware, one job each. From the outside in:
 
 RequestContextMiddleware  the request's id, its log line, headers that every answer has
-HeadLimitMiddleware       414 and 431: a URL or headers that are too long
+HeadLimitMiddleware       414 and 431: a URL or headers that are too long; encoded slashes
+BrowserMiddleware         421 and 403, in browsers.py: pages of other sites
 ApiKeyMiddleware          401: who may pass
 ShutdownMiddleware        503: the service is stopping
 RateLimitMiddleware       429: requests and tokens a minute
+UnexpectedErrorMiddleware 500: what nobody else has caught
+BodyLimitMiddleware       413: a body that is too large
 
 Not BaseHTTPMiddleware, under which a route never hears that its client has gone.
 """
@@ -26,10 +29,10 @@ from limits import RateLimitItemPerMinute
 from limits.aio.strategies import FixedWindowRateLimiter
 from limits.errors import StorageError
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.errors import STOPPING, error_response, retry_after
+from serving.errors import STOPPING, UNEXPECTED, error_response, retry_after
 from serving.logs import (
     add_to_log,
     first_line,
@@ -50,7 +53,7 @@ MAX_HEADERS_BYTES = 65_536
 STORAGE_TIMEOUT_SECONDS = 1.0  # for the counts that a request's limits look up
 STORAGE_PAUSE_SECONDS = 10.0  # for which nothing is limited, after the storage has failed
 # Stands for an encoded slash while routing: `GET /{prompt}` takes one segment, which may hold one.
-# The first that the path does not hold itself is taken.
+# The first that the path does not hold itself is taken: a URL has no room for all of them.
 ENCODED_SLASHES = [chr(code) for code in range(0xE000, 0xF900)]
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready"})
@@ -63,13 +66,12 @@ def is_open(path: str) -> bool:
 
 
 class RequestContextMiddleware:
-    """Gives a request its id and its log line, and a 413 the shape of other errors."""
+    """Gives a request its id, its log line, and the headers that every answer has."""
 
     VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int):
+    def __init__(self, app: ASGIApp):
         self.app = app
-        self.max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -79,18 +81,13 @@ class RequestContextMiddleware:
         request_id.set(id_)
         facts: dict[str, Any] = {}
         request_facts.set(facts)
-        keep_encoded_slashes(scope)
         started_seconds = time.monotonic()
-        status, too_large = 0, JSONResponse(None)
+        status = 0
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status, too_large
+            nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if status == 413:  # the body limit answers in plain text
-                    detail = f"Request body is larger than {self.max_body_bytes} bytes"
-                    too_large = error_response(scope, 413, detail)
-                    message["headers"] = too_large.raw_headers
                 message["headers"] = [
                     *message["headers"],
                     (b"x-request-id", id_.encode()),
@@ -98,8 +95,6 @@ class RequestContextMiddleware:
                     (b"referrer-policy", b"no-referrer"),  # a path may be a prompt
                     (b"x-frame-options", b"DENY"),
                 ]
-            elif status == 413:
-                message["body"] = too_large.body
             await send(message)
 
         try:
@@ -129,7 +124,7 @@ def with_slashes(scope: Scope, segment: str) -> str:
 
 
 class HeadLimitMiddleware:
-    """Refuses a URL or headers that are too long."""
+    """Refuses a URL or headers that are too long, and reads the path of one that is not."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -142,22 +137,29 @@ class HeadLimitMiddleware:
             if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADERS_BYTES:
                 refusal = error_response(scope, 431, f"Headers exceed {MAX_HEADERS_BYTES} bytes")
                 return await refusal(scope, receive, send)
+            keep_encoded_slashes(scope)
         await self.app(scope, receive, send)
 
 
 def read_api_keys(settings: Settings) -> dict[bytes, str]:
     """The name of every API key, by the key's digest; empty: no key is needed."""
-    entries = (settings.api_keys.get_secret_value() if settings.api_keys else "").split(",")
-    if settings.api_keys_file:
-        entries += settings.api_keys_file.read_text().splitlines()
+    listed = settings.api_keys.get_secret_value().split(",") if settings.api_keys else []
+    file = settings.api_keys_file
+    # What is no UTF-8 is refused below; a byte order mark, which editors add, is no part of a key.
+    lines = file.read_text("utf-8-sig", "replace").splitlines() if file else []
+    entries = [("API_KEYS", entry.strip()) for entry in listed]
+    entries += [("API_KEYS_FILE", line.strip()) for line in lines]
     names = {}
-    for number, entry in enumerate(filter(None, map(str.strip, entries)), start=1):
+    for number, (variable, entry) in enumerate((each for each in entries if each[1]), start=1):
         name, colon, key = (part.strip() for part in entry.rpartition(":"))
         if not key:  # an empty key would be that of everybody who sends none
-            refuse_setting("API_KEYS", f"entry {number} has a name and no key")
+            refuse_setting(variable, f"entry {number} has a name and no key")
+        if not re.fullmatch("[!-~]+", key):  # which no header brings as it is written here
+            reason = "has blanks, or other than ASCII letters, digits and signs"
+            refuse_setting(variable, f"the key of entry {number} {reason}")
         names[key_digest(key)] = name if colon else f"key-{number}"
-    if (settings.api_keys or settings.api_keys_file) and not names:
-        refuse_setting("API_KEYS", "holds no key")
+    if (listed or file) and not names:
+        refuse_setting("API_KEYS_FILE" if file else "API_KEYS", "holds no key")
     return names
 
 
@@ -306,16 +308,58 @@ class RateLimitMiddleware:
         return refused, headers
 
 
-def cors_options(settings: Settings) -> dict[str, Any]:
-    """What Starlette's CORSMiddleware is to allow."""
-    told = [
-        f"X-RateLimit-{what}-{of}"
-        for what in ("Limit", "Remaining", "Reset")
-        for of in ("Requests", "Tokens")
-    ]
-    return {
-        "allow_origins": [origin.strip() for origin in settings.cors_origins.split(",")],
-        "allow_methods": ["GET", "POST"],
-        "allow_headers": ["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
-        "expose_headers": ["X-Request-ID", "Retry-After", *told],
-    }
+class UnexpectedErrorMiddleware:
+    """Answers 500 where others can still add their headers, and raises the error on for the log."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+
+        async def send_on(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_on)
+        except Exception:
+            if scope["type"] == "http" and not has_begun:
+                await error_response(scope, 500, UNEXPECTED)(scope, receive, send)
+            raise
+
+
+class BodyLimitMiddleware:
+    """Refuses a body that is too large, as soon as its length says so or too much has come of it:
+    also one that no route reads."""
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int):
+        self.app = app
+        self.max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        num_bytes, has_begun = 0, False
+
+        async def receive_within_limit() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            # A client that has gone is what the app knows how to end its work for.
+            return message if num_bytes <= self.max_body_bytes else {"type": "http.disconnect"}
+
+        async def send_within_limit(message: Message) -> None:
+            nonlocal has_begun
+            if has_begun or num_bytes <= self.max_body_bytes:
+                has_begun = True
+                await send(message)
+
+        length = dict(scope["headers"]).get(b"content-length", b"")
+        is_too_large = length.isdigit() and int(length) > self.max_body_bytes
+        if not is_too_large:
+            await self.app(scope, receive_within_limit, send_within_limit)
+        if not has_begun and (is_too_large or num_bytes > self.max_body_bytes):
+            detail = f"Request body is larger than {self.max_body_bytes} bytes"
+            await error_response(scope, 413, detail)(scope, receive, send)

@@ -96,6 +96,12 @@ class Settings(BaseSettings):
     cors_origins: str = Field(
         default="", description="Comma-separated origins whose pages may call the API, or `*`."
     )
+    allowed_hosts: str = Field(
+        default="",
+        description="Comma-separated host names under which the service may be asked, "
+        "`*.example.com` and `*` too. Unset: all, but without keys on a loopback address "
+        "only `localhost` and loopback addresses.",
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         default="INFO", description="Of the service's own log."
     )

@@ -118,7 +118,7 @@ def test_any_body_is_answered_in_the_shape_of_its_route(path: str, fields: dict[
 
 def test_slow_and_half_closed_connections_hold_nobody_up(service: Served) -> None:
     host, port = service.address.removeprefix("http://").split(":")
-    head = b"POST /generate HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+    head = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with ExitStack() as stack:
         for number in range(200):
             connection = stack.enter_context(socket.create_connection((host, int(port))))
@@ -141,7 +141,7 @@ def test_a_thousand_idle_connections_hold_nobody_up(service: Served) -> None:
             *(asyncio.open_connection(host, int(port)) for _ in range(1000))
         )
         for _, writer in opened:
-            writer.write(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+            writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         for reader, _ in opened:
             assert (await reader.readline()).startswith(b"HTTP/1.1 200")
         body = {"prompt": PROMPT, "max_new_tokens": 3}

@@ -136,7 +136,7 @@ def guarded(key_names: dict[bytes, str], **update: Any) -> RequestContextMiddlew
     settings = main.settings.model_copy(update=update)
     limited = RateLimitMiddleware(main.app, settings)
     keyed = ApiKeyMiddleware(limited, key_names, settings.metrics_need_key)
-    return RequestContextMiddleware(keyed, settings.max_body_bytes)
+    return RequestContextMiddleware(keyed)
 
 
 def press(page: Page, name: str) -> None:

@@ -3,17 +3,23 @@
 import csv
 import json
 import logging
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 
 import main
 from backends.local import LocalBackend
-from serving.logs import USAGE_COLUMNS, JsonLines, TextFormatter, UsageFile
+from serving.logs import USAGE_COLUMNS, JsonLines, LineQueue, TextFormatter, UsageFile
 from serving.model_loader import ModelLoader
-from tests.support import NAME, PROMPT, Served, fail, served, wait_until
+from tests.support import FOLDER, NAME, PROMPT, ROOT, Served, fail, served, wait_until
 
 client = TestClient(main.app)
 
@@ -90,6 +96,115 @@ def test_log_has_prompts_only_when_asked(
         assert [f.get("prompt") for f in facts] == (
             [PROMPT, [PROMPT]] if logs_prompts else [None] * 2
         )
+
+
+# --- Lines that nobody reads --------------------------------------------------------------------
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[TextIO, TextIO]]:
+    """Its reading and writing end. It is a short one where that can be had."""
+    reading, writing = os.pipe()
+    if sys.platform == "linux":
+        import fcntl
+
+        fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    with open(reading) as reader, open(writing, "w") as writer:
+        yield reader, writer
+
+
+def say(queue: LineQueue, text: str) -> None:
+    queue.handle(logging.makeLogRecord({"msg": text, "levelname": "INFO"}))
+
+
+def test_lines_come_in_order_and_whole(pipe: tuple[TextIO, TextIO]) -> None:
+    reader, writer = pipe
+    os.set_blocking(writer.fileno(), False)
+    queue = LineQueue(writer)
+    texts = [str(number) + "\u00e9" * 3000 for number in range(20)]
+    for text in texts:
+        say(queue, text)
+    assert [reader.readline() for _ in texts] == [f"{text}\n" for text in texts]
+    queue.flush()
+    assert (len(queue.lines), queue.num_waiting_bytes, queue.num_lost) == (0, 0, 0)
+
+
+def test_lines_that_do_not_fit_are_counted(
+    pipe: tuple[TextIO, TextIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.logs.MAX_WAITING_BYTES", 10_000)
+    monkeypatch.setattr("serving.logs.FLUSH_SECONDS", 0.1)
+    reader, writer = pipe
+    queue = LineQueue(writer)
+    for _ in range(1000):
+        say(queue, "x" * 99)
+    assert queue.num_waiting_bytes <= 10_000
+    queue.flush()  # comes back
+    assert queue.num_lost > 0
+    for _ in range(1000 - queue.num_lost):
+        assert reader.readline() == "x" * 99 + "\n"
+    queue.flush()
+    say(queue, "after")
+    told = reader.readline()
+    assert told.endswith(f"lost, since nobody read it: {queue.num_lost}\n")
+    say(queue, "again")
+    assert [reader.readline(), reader.readline()] == ["after\n", "again\n"]
+
+
+def test_lines_whose_reader_has_gone_are_lost(pipe: tuple[TextIO, TextIO]) -> None:
+    reader, writer = pipe
+    queue = LineQueue(writer)
+    reader.close()
+    for _ in range(100):
+        say(queue, "x" * 1000)
+        queue.flush()
+    assert (queue.num_lost >= 100, queue.num_waiting_bytes) == (True, 0)
+
+
+def test_log_that_nobody_reads_holds_nobody_up(pipe: tuple[TextIO, TextIO]) -> None:
+    """Stopped the service for good after some 268 requests; what is no HTTP has a line too, on
+    standard error."""
+    reader, writer = pipe
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "uvicorn", "main:app", "--port", str(port)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=writer, stderr=writer)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as http:
+            wait_until(lambda: answers(http))
+            for _ in range(320):
+                with socket.create_connection(("127.0.0.1", port), timeout=10) as other:
+                    other.sendall(b"no HTTP\r\n\r\n")
+                    assert other.recv(100).startswith(b"HTTP/1.1 400")
+                assert http.get("/health").status_code == 200
+        process.terminate()
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+    writer.close()
+    lines = reader.read().splitlines()
+    assert any('"message": "settings: ' in line for line in lines)
+
+
+def answers(http: httpx.Client) -> bool:
+    try:
+        return http.get("/ready").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_log_of_a_start_that_fails_is_whole() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "uvicorn", "main:app"],
+        cwd=ROOT,
+        env=os.environ | {"TORCH_NUM_THREADS": "10000", "MODEL_NAME": f"/no/such/folder,{FOLDER}"},
+        capture_output=True,
+        text=True,
+    )
+    assert (ran.returncode, ran.stderr.count("MODEL_NAME: cannot load")) == (1, 1)
+    messages = [json.loads(line)["message"] for line in ran.stdout.splitlines()]
+    assert messages[0].startswith("TORCH_NUM_THREADS is 10000")
+    assert messages[-1].startswith("loaded gpt2-tales")
 
 
 # --- In a process of its own --------------------------------------------------------------------

@@ -5,10 +5,16 @@ Tests marked `contract` may be sent to another service; so only the others impor
 """
 
 import asyncio
+import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import openai
 import pytest
@@ -19,13 +25,15 @@ from starlette.routing import Route
 
 from serving.middleware import (
     ApiKeyMiddleware,
+    BodyLimitMiddleware,
     RateLimitMiddleware,
     RequestContextMiddleware,
+    UnexpectedErrorMiddleware,
     key_digest,
     read_api_keys,
 )
 from serving.settings import Settings
-from tests.support import PROMPT, Served, new_client, served, wait_until
+from tests.support import PROMPT, ROOT, Served, new_client, refused_fields, served, wait_until
 
 client = new_client()
 
@@ -72,6 +80,26 @@ def test_url_and_headers_are_limited() -> None:
     assert client.get("/health", headers=headers).status_code == 431
 
 
+PRIVATE_USE = [chr(code) for code in range(0xE000, 0xF900)]  # one stands for an encoded slash
+
+
+def test_url_that_leaves_no_placeholder_for_slashes_is_refused() -> None:
+    """A path of all the placeholders was a 500 without a line in the log."""
+    answer = client.get(f"/{quote(''.join(PRIVATE_USE))}%2f")
+    assert (answer.status_code, set(answer.json())) == (414, {"detail"})
+    assert answer.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("count", [1, 20, 1800])
+def test_url_of_placeholders_keeps_its_slashes(count: int) -> None:
+    prompt = f"{''.join(PRIVATE_USE[:count])}/a/"
+    answer = client.get(f"/{quote(prompt, safe='')}?max_new_tokens=1")
+    if count > 500:
+        assert refused_fields(answer) == [["path", "prompt"]]
+    else:
+        assert answer.json()["generated_sequences"][0].startswith(prompt)
+
+
 # --- API keys -----------------------------------------------------------------------------------
 
 
@@ -83,7 +111,7 @@ def keyed_client(app: Any, metrics_need_key: bool = True) -> TestClient:
     """Of the app behind keys."""
     names = read_keys(api_keys="alice:two, three")
     keyed = ApiKeyMiddleware(app, names, metrics_need_key)
-    return TestClient(RequestContextMiddleware(keyed, max_body_bytes=1000))
+    return TestClient(RequestContextMiddleware(keyed))
 
 
 @pytest.fixture
@@ -148,15 +176,37 @@ def test_keys_from_a_file(tmp_path: Path) -> None:
     names = read_keys(api_keys_file=file)
     assert names == {key_digest("one"): "alice", key_digest("two"): "key-2"}
     file.write_text("\n")
-    with pytest.raises(SystemExit, match="holds no key"):
+    with pytest.raises(SystemExit, match="API_KEYS_FILE: holds no key"):
         read_keys(api_keys_file=file)
 
 
 @pytest.mark.parametrize("keys", ["alice:", "one, alice: ,two", ":"])
 def test_keys_without_a_key_stop_the_start(keys: str) -> None:
     """An empty key was the key of everybody who sent none."""
-    with pytest.raises(SystemExit, match="has a name and no key"):
+    with pytest.raises(SystemExit, match=r"API_KEYS: entry . has a name and no key"):
         read_keys(api_keys=keys)
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "a b", "a\tb", "a\x7fb", "\ufeffa", "\uff41"])
+def test_keys_that_no_header_brings_stop_the_start(key: str, tmp_path: Path) -> None:
+    """They were taken, and never matched."""
+    file = tmp_path / "keys"
+    for entry in (key, f"name:{key}"):
+        with pytest.raises(SystemExit, match=r"API_KEYS: the key of entry 2 has blanks") as stopped:
+            read_keys(api_keys=f"fine,{entry}")
+        assert key not in str(stopped.value)
+        file.write_text(f"fine\n{entry}\n", encoding="utf-8")
+        with pytest.raises(SystemExit, match=r"API_KEYS_FILE: the key of entry 2 has blanks"):
+            read_keys(api_keys_file=file)
+
+
+def test_keys_from_a_file_of_another_encoding(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("one\n", encoding="utf-8-sig")
+    assert read_keys(api_keys_file=file) == {key_digest("one"): "key-1"}
+    file.write_text("schlüssel\n", encoding="latin-1")
+    with pytest.raises(SystemExit, match="API_KEYS_FILE: the key of entry 1"):
+        read_keys(api_keys_file=file)
 
 
 # --- Shutdown -----------------------------------------------------------------------------------
@@ -166,6 +216,95 @@ def test_page_is_served_while_draining(app: Any, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(app.state.service.shutdown, "has_begun", True)
     page = client.get("/", headers={"Accept": "text/html"})
     assert page.status_code == client.get("/static/page.js").status_code == 200
+
+
+# --- Bodies that are too large, unexpected errors -----------------------------------------------
+
+TOO_LARGE = {"detail": "Request body is larger than 1000000 bytes"}
+
+
+@pytest.mark.parametrize("path", ["/Once?max_new_tokens=200", "/generate/text?prompt=a", "/health"])
+def test_body_that_no_route_reads_is_limited_by_its_length(path: str) -> None:
+    answer = client.request("GET", path, content=b"a" * 1_000_001)
+    assert (answer.status_code, answer.json()) == (413, TOO_LARGE)
+
+
+def test_body_that_no_route_reads_is_limited_as_it_comes(app: Any) -> None:
+    """Was a 499: to the route it looked as if its client had gone."""
+    statuses = []
+    bodies = [b"a" * 600_000] * 2
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(0.05)
+        return {"type": "http.request", "body": bodies.pop(), "more_body": True}
+
+    async def send(message: Any) -> None:
+        statuses.append(message.get("status"))
+
+    path = "/Once"
+    scope = {
+        "type": "http", "method": "GET", "path": path, "raw_path": path.encode(), "headers": [],
+        "query_string": b"max_new_tokens=200",
+    }  # fmt: skip
+    asyncio.run(app(scope, receive, send))
+    assert statuses == [413, None]
+    wait_until(lambda: app.state.service.registry.num_unfinished == 0)
+
+
+@pytest.mark.parametrize("too_much", [True, False])
+def test_body_that_breaks_a_stream_off_is_not_answered_twice(too_much: bool) -> None:
+    """Too much of a body, or an error, after the answer has begun."""
+    sent = []
+
+    async def stream(_: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        if too_much:
+            assert (await receive())["type"] == "http.disconnect"
+        else:
+            raise ZeroDivisionError
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"abc", "more_body": True}
+
+    async def send(message: Any) -> None:
+        sent.append(message["type"])
+
+    limited = UnexpectedErrorMiddleware(BodyLimitMiddleware(stream, max_body_bytes=2))
+    with nullcontext() if too_much else pytest.raises(ZeroDivisionError):
+        asyncio.run(limited({"type": "http", "headers": []}, receive, send))
+    assert sent == ["http.response.start"]
+
+
+def test_413_and_500_have_the_headers_of_every_answer() -> None:
+    """They came from outside of the middleware that adds those of CORS and limits."""
+    code = """if True:
+        import json, main
+        from fastapi.testclient import TestClient
+        main.service.registry.get = lambda name: 1 / 0
+        http = TestClient(main.app, raise_server_exceptions=False)
+        for prompt in ("a", "a" * 2000):
+            answer = http.post("/generate", json={"prompt": prompt}, headers={"Origin": "https://a"})
+            print(json.dumps([answer.status_code, answer.json(), dict(answer.headers)]))
+    """
+    settings = {"CORS_ORIGINS": "https://a", "RATE_LIMIT": "9", "MAX_BODY_BYTES": "1500"}
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | settings | {"LOG_LEVEL": "ERROR"},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    answers = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert [(status, body["detail"]) for status, body, _ in answers] == [
+        (500, "Internal server error"),
+        (413, "Request body is larger than 1500 bytes"),
+    ]
+    for number, (_, _, headers) in enumerate(answers, start=1):
+        assert headers["access-control-allow-origin"] == "https://a"
+        assert headers["x-ratelimit-remaining-requests"] == str(9 - number)
+        assert headers["x-request-id"]
+        assert headers["x-frame-options"] == "DENY"
 
 
 # --- Limits, CORS: one service with all of them -------------------------------------------------
@@ -238,9 +377,7 @@ def test_rate_limit_is_off_while_its_storage_fails(
     monkeypatch.setattr("serving.middleware.STORAGE_TIMEOUT_SECONDS", 0.1)
     monkeypatch.setattr("serving.middleware.STORAGE_PAUSE_SECONDS", 0.3)
     limiting = RateLimitMiddleware(app, Settings(rate_limit=1))
-    http = TestClient(
-        RequestContextMiddleware(ApiKeyMiddleware(limiting, {}, True), max_body_bytes=1000)
-    )
+    http = TestClient(RequestContextMiddleware(ApiKeyMiddleware(limiting, {}, True)))
     with monkeypatch.context() as broken:
         broken.setattr(limiting.limiter.storage, "incr", fail)
         assert [http.get("/v1/models").status_code for _ in range(3)] == [200] * 3

@@ -215,3 +215,30 @@ def test_path_prompt_forbidden_is_400_and_long_is_422() -> None:
     assert response.status_code == 400
     assert response.json() == {"detail": "Prompt contains inappropriate content"}
     assert refused_fields(client.get("/" + "a" * 501)) == [["path", "prompt"]]
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('a system message is needed') }}", "does not take these roles"),
+        ("{{ 1 + messages }}", "failed (TypeError)"),
+        ("{{ 1 // 0 }}", "failed (ZeroDivisionError)"),
+        ("{{ messages[0].name.first }}", "failed (UndefinedError)"),
+        ("{% if %}", "failed (TemplateSyntaxError)"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/generate/text", "/v1/chat/completions"])
+def test_chat_template_that_fails_refuses_the_request(
+    backend: Any, path: str, template: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Was a 500 on /generate/text, and elsewhere for errors that are not the template's own."""
+    monkeypatch.setattr(backend.tokenizer, "chat_template", template)
+    if path == "/generate/text":
+        for answer in (post({"prompt": "Sesame"}, path), client.get(f"{path}?prompt=Sesame")):
+            assert refused_fields(answer)[0][-1] == "prompt"
+            assert reason in answer.json()["detail"][0]["msg"]
+            assert "Sesame" not in answer.text
+        return
+    answer = post({"model": NAME, "messages": [{"role": "user", "content": "Sesame"}]}, path)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages")
+    assert reason in answer.json()["error"]["message"]

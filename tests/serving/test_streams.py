@@ -225,12 +225,12 @@ def test_clients_that_leave_change_no_other_text(address: str) -> None:
     [
         b"",
         b"POST /gene",
-        b"POST /generate HTTP/1.1\r\nHost: a\r\n",
-        b"POST /generate HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\n",
-        b'POST /generate HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\n{"prompt": "Onc',
-        b'POST /generate HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{"pro',
+        b"POST /generate HTTP/1.1\r\nHost: [::1]\r\n",
+        b"POST /generate HTTP/1.1\r\nHost: [::1]\r\nContent-Length: 99\r\n\r\n",
+        b'POST /generate HTTP/1.1\r\nHost: [::1]\r\nContent-Length: 99\r\n\r\n{"prompt": "Onc',
+        b'POST /generate HTTP/1.1\r\nHost: [::1]\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{"pro',
         b"\0\xff\r\n\r\n",
-        b"GET /Once%20upon?max_new_tokens=200 HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET /Once%20upon?max_new_tokens=200 HTTP/1.1\r\nHost: [::1]\r\n\r\n",
     ],
 )
 def test_broken_off_request_does_no_harm(address: str, head: bytes) -> None:
