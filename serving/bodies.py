@@ -43,7 +43,7 @@ class BoundedRequest(Request):
             async with asyncio.timeout(seconds):
                 return await super().body()
         except TimeoutError:
-            detail = f"The body took longer than {seconds:g} seconds"
+            detail = f"The body of the request took longer than {seconds:g} seconds"
             raise HTTPException(408, detail, {"Connection": "close"}) from None
 
     async def json(self) -> Any:

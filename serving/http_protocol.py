@@ -72,7 +72,9 @@ class OpenConnections:
             soft = 2 * wanted if hard == resource.RLIM_INFINITY else min(2 * wanted, hard)
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
             if soft < 2 * wanted:
-                logger.warning("%d connections at most: the limit is %d files", soft // 2, soft)
+                logger.warning(
+                    "MAX_CONNECTIONS: %d at most, of %d files that may be open", soft // 2, soft
+                )
                 return soft // 2
         return wanted
 
@@ -198,8 +200,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self.expect("head")
 
     def on_headers_complete(self) -> None:
-        self.expect("body")
         super().on_headers_complete()
+        self.expect("body")
         if self.pipeline:
             # uvicorn would read no further, and would not hear its client leave.
             self.flow.resume_reading()
@@ -236,7 +238,9 @@ class BoundedProtocol(HttpToolsProtocol):
                 self.pipeline.clear()
                 return self.ignore_the_rest()
             if self.answering.response_started:
-                return self.transport.abort()
+                return self.cut_off("body")
+        elif self.awaited == "body":  # of a request that has been answered
+            return self.cut_off("body")
         seconds = self.loop.time() - self.since_seconds
         token = request_id.set(uuid.uuid4().hex)
         headers = {"Connection": "close", "X-Request-ID": request_id.get()}
@@ -285,10 +289,10 @@ class BoundedProtocol(HttpToolsProtocol):
                 self.transport.abort()
         elif waited_seconds <= self.patience_seconds[self.awaited]:
             pass
-        elif self.awaited == "head":
-            seconds = self.patience_seconds["head"]
-            self.refuse(408, f"The head of the request took longer than {seconds:g} seconds")
-        elif self.awaited == "body":  # whose answer has been sent
-            self.cut_off("body")
-        else:
+        elif self.awaited == "request":
             self.transport.close()
+        else:
+            seconds = self.patience_seconds[self.awaited]
+            self.refuse(
+                408, f"The {self.awaited} of the request took longer than {seconds:g} seconds"
+            )
