@@ -55,6 +55,7 @@ from serving.browsers import (
 from serving.content_filter import ContentFilter
 from serving.documentation import ERRORS, EVENTS, document_vocabulary
 from serving.error_handlers import add_error_handlers
+from serving.http_protocol import OpenConnections
 from serving.logs import set_up_logging
 from serving.metrics import tell_version
 from serving.middleware import (
@@ -73,7 +74,7 @@ from serving.registry import load_models
 from serving.routes import PageFiles, native_events, prompt_route, service_routes, text_routes
 from serving.service import CurrentService, Service
 from serving.settings import read_settings, refuse_setting
-from serving.shutdown import GracefulShutdown
+from serving.shutdown import GracefulShutdown, running_server
 from serving.streams import GenerationStream, admit, finish
 
 gc.freeze()
@@ -116,7 +117,9 @@ getLogger("service").info("settings: %s", settings.model_dump(mode="json"))
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-    service.shutdown.listen()
+    if server := running_server():
+        service.shutdown.listen(server)
+        OpenConnections(settings).watch(server)
     registry.start()
     yield
     await registry.stop()

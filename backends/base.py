@@ -107,6 +107,7 @@ class Generation(ABC):
     """The texts that a backend makes for one request: its choices, numbered from 0."""
 
     model_name: str
+    request_timeout_seconds: float  # after which `deltas` raises DeadlineExceeded
 
     @property
     @abstractmethod

@@ -84,6 +84,7 @@ class ExternalGeneration(Generation):
 
     def __init__(self, model_name: str, choices: list[HeldText], deadline: Deadline):
         self.model_name = model_name
+        self.request_timeout_seconds = deadline.timeout_seconds
         self.choices = choices
         self.deadline = deadline
         self.usage: UpstreamUsage | None = None

@@ -319,6 +319,7 @@ class LocalGeneration(Generation):
         echo: list[str] | None = None,
     ):
         self.model_name = backend.name
+        self.request_timeout_seconds = backend.request_timeout_seconds
         self.backend = backend
         self.requests = requests
         self.logprobs_form = logprobs_form
@@ -348,7 +349,7 @@ class LocalGeneration(Generation):
         return {reason for request in self.requests for reason in request.finish_reasons}
 
     async def deltas(self) -> AsyncGenerator[TextDelta]:
-        seconds = self.backend.request_timeout_seconds
+        seconds = self.request_timeout_seconds
         stream = self.backend.engine.stream(*self.requests, timeout_seconds=seconds)
         begun: set[int] = set()
         try:

@@ -1,4 +1,4 @@
-"""How many parts a body may have.
+"""How many parts a body may have, and how long it may take to arrive.
 
 A body is parsed and checked on the event loop, where all others wait meanwhile. A thread would
 not help: the parser keeps Python's lock until it is done, and threads that are busy in Python
@@ -36,6 +36,16 @@ def count_parts(text: str) -> int:
 
 
 class BoundedRequest(Request):
+    async def body(self) -> bytes:
+        """All of it. Raises a 408 when it takes too long to arrive."""
+        seconds: float = self.app.state.service.settings.body_timeout_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                return await super().body()
+        except TimeoutError:
+            detail = f"The body of the request took longer than {seconds:g} seconds"
+            raise HTTPException(408, detail, {"Connection": "close"}) from None
+
     async def json(self) -> Any:
         """The body. Raises TooManyParts, and what `json.loads` does."""
         if not hasattr(self, "_json"):

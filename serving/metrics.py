@@ -23,6 +23,9 @@ FAILED_REQUESTS = Counter(
     "failed_requests", "Admitted requests that ended with an error, also in a stream.", ["reason"]
 )
 QUEUE_REFUSALS = Counter("queue_refusals", "Requests refused because the queue was full.")
+CLOSED_CONNECTIONS = Counter(
+    "closed_connections", "Connections closed that their clients kept too long.", ["reason"]
+)
 RATE_LIMIT_REFUSALS = Counter("rate_limit_refusals", "Requests refused with 429.", ["limit"])
 BUILD = Info("build", "Versions of the service and of what it stands on.")
 

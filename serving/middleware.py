@@ -1,7 +1,8 @@
 """Pure ASGI middleware, one job each. From the outside in:
 
 RequestContextMiddleware  the request's id, its log line, headers that every answer has
-HeadLimitMiddleware       414 and 431: a URL or headers that are too long; encoded slashes
+HeadLimitMiddleware       414, 431 and 400: a URL or headers that are too long, two hosts or none;
+                          encoded slashes
 BrowserMiddleware         421 and 403, in browsers.py: pages of other sites
 ApiKeyMiddleware          401: who may pass
 ShutdownMiddleware        503: the service is stopping
@@ -50,6 +51,11 @@ logger = getLogger("service")
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 MAX_URL_BYTES = 16_384  # of the path and query; 500 characters, percent-encoded, take 6,000
 MAX_HEADERS_BYTES = 65_536
+EVERY_ANSWERS_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),  # a path may be a prompt
+    (b"x-frame-options", b"DENY"),
+)
 STORAGE_TIMEOUT_SECONDS = 1.0  # for the counts that a request's limits look up
 STORAGE_PAUSE_SECONDS = 10.0  # for which nothing is limited, after the storage has failed
 # Stands for an encoded slash while routing: `GET /{prompt}` takes one segment, which may hold one.
@@ -91,9 +97,7 @@ class RequestContextMiddleware:
                 message["headers"] = [
                     *message["headers"],
                     (b"x-request-id", id_.encode()),
-                    (b"x-content-type-options", b"nosniff"),
-                    (b"referrer-policy", b"no-referrer"),  # a path may be a prompt
-                    (b"x-frame-options", b"DENY"),
+                    *EVERY_ANSWERS_HEADERS,
                 ]
             await send(message)
 
@@ -124,7 +128,12 @@ def with_slashes(scope: Scope, segment: str) -> str:
 
 
 class HeadLimitMiddleware:
-    """Refuses a URL or headers that are too long, and reads the path of one that is not."""
+    """Refuses a URL or headers that are too long, and a host that is not said once; reads the path
+    of the others.
+
+    By then a server has parsed them: uvicorn none that are longer (serving/http_protocol.py),
+    Ray's proxy whatever comes.
+    """
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -136,6 +145,11 @@ class HeadLimitMiddleware:
                 return await refusal(scope, receive, send)
             if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADERS_BYTES:
                 refusal = error_response(scope, 431, f"Headers exceed {MAX_HEADERS_BYTES} bytes")
+                return await refusal(scope, receive, send)
+            # RFC 9112, section 3.2: of two, a proxy in front may have gone by the other one.
+            num_hosts = [name for name, _ in scope["headers"]].count(b"host")
+            if num_hosts > 1 or (num_hosts == 0 and scope["http_version"] == "1.1"):
+                refusal = error_response(scope, 400, "There must be one Host header")
                 return await refusal(scope, receive, send)
             keep_encoded_slashes(scope)
         await self.app(scope, receive, send)

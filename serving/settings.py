@@ -73,6 +73,25 @@ class Settings(BaseSettings):
         ge=0,
         description="After SIGTERM, requests that still run then are ended with an error.",
     )
+    head_timeout_seconds: float = Field(
+        default=10,
+        gt=0,
+        description="URL and headers of a request that take longer to arrive are answered 408.",
+    )
+    body_timeout_seconds: float = Field(
+        default=30, gt=0, description="A body that takes longer to arrive is answered 408."
+    )
+    write_timeout_seconds: float = Field(
+        default=30,
+        gt=0,
+        description="A connection whose client takes nothing of its answer for so long is closed.",
+    )
+    max_connections: int = Field(
+        default=4096,
+        ge=1,
+        description="Half of the files that the process may open, if that is less. When there "
+        "are as many, idle ones make room.",
+    )
     api_keys: SecretStr | None = Field(
         default=None,
         description="Comma-separated `key` or `name:key`; unset: open to everybody.",

@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import sys
 import threading
 import time
 from functools import partial
@@ -15,8 +16,24 @@ from serving.registry import ModelRegistry
 logger = getLogger("service")
 
 
+LAST_WORDS_SECONDS = 2.0  # in which clients take what tells them that the service is stopping
+# SIGHUP: the terminal that the service was started in is gone.
+SIGNALS = [signal.SIGTERM, signal.SIGINT]
+if sys.platform != "win32":
+    SIGNALS.append(signal.SIGHUP)
+
+
+def running_server() -> uvicorn.Server | None:
+    """The uvicorn that runs this app, known by its signal handlers; None under a test client, or
+    another server."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    return server if isinstance(server, uvicorn.Server) else None
+
+
 class GracefulShutdown:
-    """From the first SIGTERM or SIGINT on: `/ready` says no, new work is refused, running work
+    """From the first of SIGNALS on: `/ready` says no, new work is refused, running work
     ends, or is ended after `timeout_seconds`; then the server exits. A second signal ends it
     at once."""
 
@@ -26,15 +43,12 @@ class GracefulShutdown:
         self.has_begun = False
         self.task: asyncio.Task[None] | None = None
 
-    def listen(self) -> None:
+    def listen(self, server: uvicorn.Server) -> None:
         """Puts itself before the server's own handlers, which would close the listening socket
         first and leave the process with the signal as its exit status."""
-        if threading.current_thread() is not threading.main_thread():
-            return  # under a test client: no signals there
-        for number in (signal.SIGTERM, signal.SIGINT):
-            server = getattr(signal.getsignal(number), "__self__", None)
-            if isinstance(server, uvicorn.Server):
-                begin = partial(self._begin, asyncio.get_running_loop(), server)
+        begin = partial(self._begin, asyncio.get_running_loop(), server)
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` has SIGHUP ignored
                 signal.signal(number, begin)
 
     def _begin(
@@ -57,3 +71,11 @@ class GracefulShutdown:
             await asyncio.sleep(0.02)
         await self.registry.stop_backends()
         server.should_exit = True
+        # The server waits for its connections to end, and some clients neither read nor leave.
+        left_seconds = max(0, deadline_seconds - time.monotonic())
+        await asyncio.sleep(left_seconds + LAST_WORDS_SECONDS)
+        connections: set[Any] = server.server_state.connections
+        if connections:
+            logger.warning("closing %d connections that are left", len(connections))
+        for connection in list(connections):
+            connection.transport.abort()

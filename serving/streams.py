@@ -11,7 +11,9 @@ from starlette.types import Receive, Scope, Send
 
 from backends.base import Generation, TextDelta
 from serving.logs import add_generation_to_log, add_to_log
+from serving.metrics import FAILED_REQUESTS
 
+LAST_WORDS_SECONDS = 1.0  # in which a client takes what tells it that its deadline has passed
 PING_SECONDS = 15.0  # between comments in an event stream, which keep idle proxies from closing
 EVENT_STREAM = "text/event-stream"
 T = TypeVar("T")
@@ -75,7 +77,8 @@ def event(content: dict[str, Any], name: str | None = None) -> str:
 
 
 class GenerationStream(Response):
-    """Sends chunks as they are made, and closes their source as soon as the client goes.
+    """Sends chunks as they are made, and closes their source as soon as the client goes, or has
+    taken too long to read them: then nobody asks the source for its deadline.
 
     Starlette's StreamingResponse hears of that only when it next sends, which a request
     that waits in the queue does not. An event stream is pinged with comments.
@@ -95,16 +98,21 @@ class GenerationStream(Response):
         sending = asyncio.create_task(self.send_chunks(send))
         gone = asyncio.create_task(client_gone(receive))
         pinging = asyncio.create_task(self.send_pings(send))
+        timeout_seconds = self.generation.request_timeout_seconds + LAST_WORDS_SECONDS
         try:
-            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                {sending, gone}, return_when=asyncio.FIRST_COMPLETED, timeout=timeout_seconds
+            )
             if sending.done():
                 pinging.cancel()
                 if isinstance(sending.exception(), StreamAborted):
                     return
                 sending.result()
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
-            else:
+            elif gone.done():
                 add_to_log(client_gone=True)
+            else:  # it takes no bytes, so it could not be told
+                FAILED_REQUESTS.labels("timeout").inc()
         finally:
             gone.cancel()
             pinging.cancel()

@@ -85,14 +85,24 @@ class Served:
 
 @contextmanager
 def served(
-    *arguments: str, port: int = 0, folder: Path = ROOT, **settings: str
+    *arguments: str,
+    port: int = 0,
+    folder: Path = ROOT,
+    through: tuple[str, ...] = (),
+    **settings: str,
 ) -> Iterator[Served]:
-    """A uvicorn, on a free port if none is given, ended with SIGTERM unless it has ended before."""
+    """A uvicorn, on a free port if none is given, ended with SIGTERM unless it has ended before.
+
+    through: a command that is given that of the service as its arguments, and becomes it."""
     with socket.create_server(("127.0.0.1", port)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "uvicorn", "main:app", "--port", str(port), *arguments]
+    command = [*through, sys.executable, "-m", "uvicorn", "main:app", "--port", str(port)]
     process = subprocess.Popen(
-        command, cwd=folder, env=os.environ | settings, stdout=subprocess.PIPE, text=True
+        [*command, *arguments],
+        cwd=folder,
+        env=os.environ | settings,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout
     service = Served(process, f"http://127.0.0.1:{port}")

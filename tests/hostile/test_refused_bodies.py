@@ -68,7 +68,7 @@ async def post(path: str, body: str) -> int:
     scope = {
         "type": "http", "http_version": "1.1", "method": "POST", "scheme": "http", "path": path,
         "raw_path": path.encode(), "query_string": b"", "root_path": "", "state": {},
-        "headers": [(b"content-type", b"application/json")],
+        "headers": [(b"host", b"a"), (b"content-type", b"application/json")],
         "client": None, "server": None,
     }  # fmt: skip
     await main.app(scope, receive, send)

@@ -2,6 +2,9 @@
 
 import asyncio
 import signal
+import socket
+import time
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -36,14 +39,20 @@ async def read_streams(
     return await asyncio.gather(*reading)
 
 
-@pytest.mark.parametrize("arguments", [(), ("--reload",)])
-def test_drain_completes_streams_and_exits_with_zero(arguments: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "number"),
+    [((), signal.SIGTERM), (("--reload",), signal.SIGTERM), ((), signal.SIGHUP)],
+)
+def test_drain_completes_streams_and_exits_with_zero(
+    arguments: tuple[str, ...], number: signal.Signals
+) -> None:
+    """SIGHUP, the end of its terminal, ended the process at once."""
     with served(*arguments, TORCH_NUM_THREADS="1") as service:
         with service.client() as kept:
             kept.get("/health")
 
             def stop() -> None:
-                service.process.send_signal(signal.SIGTERM)
+                service.process.send_signal(number)
                 wait_until(lambda: kept.get("/ready").status_code == 503)
                 assert kept.get("/ready").json()["status"] == "draining"
                 refused = kept.post("/generate", json={"prompt": PROMPT})
@@ -56,7 +65,9 @@ def test_drain_completes_streams_and_exits_with_zero(arguments: tuple[str, ...])
 
 
 def test_drain_ends_streams_at_the_deadline() -> None:
-    with served(DRAIN_TIMEOUT_SECONDS="0", TORCH_NUM_THREADS="1") as service:
+    with served(through=("nohup",), DRAIN_TIMEOUT_SECONDS="0", TORCH_NUM_THREADS="1") as service:
+        service.process.send_signal(signal.SIGHUP)  # which is ignored
+        assert httpx.get(f"{service.address}/ready").status_code == 200
         texts = asyncio.run(read_streams(service, 16, service.process.terminate))
         assert {"model_name" in text for text in texts} | {True} == {True, False}
         for text in texts:
@@ -65,6 +76,25 @@ def test_drain_ends_streams_at_the_deadline() -> None:
             ) or ('"model_name"' in text)
         assert any("event: error" in text for text in texts)
         assert service.process.wait(30) == 0
+
+
+def test_drain_closes_clients_that_neither_read_nor_leave() -> None:
+    """Each of them held the process for ever."""
+    file = b"GET /static-offline-docs/swagger-ui-bundle.js HTTP/1.1\r\nHost: a\r\n\r\n"
+    half = b"POST /generate HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{"
+    with ExitStack() as stack, served(DRAIN_TIMEOUT_SECONDS="0") as service:
+        host, port = service.address.removeprefix("http://").split(":")
+        for sent in (b"", b"GET", half, file * 10):
+            connection = stack.enter_context(socket.create_connection((host, int(port))))
+            connection.sendall(sent)
+        num_answered = -1
+        while num_answered < (now := len(service.lines)):  # until no more of it is taken
+            num_answered = now
+            time.sleep(0.5)
+        service.process.terminate()
+        assert service.process.wait(30) == 0
+    (line,) = [line for line in service.log() if "that are left" in line["message"]]
+    assert line["message"] == "closing 2 connections that are left"
 
 
 def test_drain_second_signal_ends_at_once() -> None:

@@ -18,7 +18,17 @@ import pytest
 
 import main
 from engine.request import Sequence
-from tests.support import PROMPT, events, fail, read_all, serve_in_thread, stream, until, wait_until
+from tests.support import (
+    PROMPT,
+    events,
+    fail,
+    metric,
+    read_all,
+    serve_in_thread,
+    stream,
+    until,
+    wait_until,
+)
 
 engine = main.engine
 
@@ -380,6 +390,49 @@ def test_deadline_holds_in_the_queue(
         assert events(response.text) == [("error", TOO_LATE)]
     else:
         assert (response.status_code, response.json()) == (504, TOO_LATE)
+
+
+@pytest.mark.usefixtures("short_deadline")
+def test_deadline_of_a_stream_that_nobody_reads(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The deadline waited to be sent after what its client did not read, for ever, and meanwhile
+    the text was made to its end."""
+    monkeypatch.setattr("serving.streams.LAST_WORDS_SECONDS", 0.1)
+    failed = timed_out(address)
+    content = json.dumps({**LONG_STREAM}).encode()
+    messages = [{"type": "http.request", "body": content, "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        if not messages:
+            await asyncio.Event().wait()  # the client stays
+        return messages.pop()
+
+    async def send(message: dict[str, Any]) -> None:
+        if message.get("body"):
+            await asyncio.Event().wait()  # as uvicorn does while its buffer is full
+
+    scope = {
+        "type": "http", "http_version": "1.1", "method": "POST", "scheme": "http",
+        "path": "/generate", "raw_path": b"/generate", "query_string": b"", "root_path": "",
+        "headers": [(b"host", b"a"), (b"content-type", b"application/json")], "state": {},
+        "client": None, "server": None,
+    }  # fmt: skip
+
+    async def ask() -> Sequence:
+        asking = asyncio.ensure_future(main.app(scope, receive, send))
+        await until(lambda: engine.num_running == 1)
+        (sequence,) = engine.scheduler.running
+        await asyncio.wait_for(asking, 60)
+        return sequence
+
+    assert asyncio.run(ask()).request.num_generated_tokens < LONG["max_new_tokens"] / 2
+    assert timed_out(address) == failed + 1
+
+
+def timed_out(address: str) -> float:
+    text = httpx.get(f"{address}/metrics").text
+    return metric(text, 'failed_requests_total{reason="timeout"}')
 
 
 # --- Failures -----------------------------------------------------------------------------------
