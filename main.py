@@ -55,7 +55,6 @@ from serving.metrics import tell_version
 from serving.middleware import (
     ApiKeyMiddleware,
     HeadLimitMiddleware,
-    RateLimitMiddleware,
     RequestContextMiddleware,
     ShutdownMiddleware,
     cors_options,
@@ -63,6 +62,7 @@ from serving.middleware import (
 )
 from serving.model_loader import choose_precision
 from serving.openai.routes import openai_routes
+from serving.rate_limits import RateLimitMiddleware
 from serving.registry import load_models
 from serving.routes import PageFiles, native_events, prompt_route, service_routes, text_routes
 from serving.service import CurrentClient, CurrentService, Service

@@ -92,7 +92,7 @@ class DeadlineExceeded(BackendError):
         self.seconds = seconds
 
 
-async def reserve_nothing(num_tokens: int) -> None:
+async def reserve_nothing(num_prompt_tokens: int, num_new_tokens: int) -> None:
     """Takes any number."""
 
 
@@ -101,13 +101,13 @@ class Client:
     """Whom a request is from.
 
     identity: whom shares and limits are counted for: a key's name or an address.
-    reserve: awaited once, before the request is queued, with the tokens that it may cost at most,
-    those of its prompts among them (an estimate, where another server counts them); raises what
-    refuses them.
+    reserve: awaited once, before the request is queued, with the tokens of its prompts (an
+    estimate, where another server counts them), and those that may be generated at most; raises
+    what refuses them.
     """
 
     identity: str
-    reserve: Callable[[int], Awaitable[None]] = reserve_nothing
+    reserve: Callable[[int, int], Awaitable[None]] = reserve_nothing
 
 
 @dataclass(frozen=True, slots=True)

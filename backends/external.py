@@ -267,7 +267,7 @@ class ExternalBackend(Backend):
         if "top_k" in params.model_fields_set:  # no field of OpenAI's own
             sent["top_k"] = params.top_k
         held = [HeldText(self.text_filter, prompt, streams) for _ in range(num_sequences)]
-        await client.reserve(estimated_tokens(prompt) + num_sequences * max_tokens)
+        await client.reserve(estimated_tokens(prompt), num_sequences * max_tokens)
         return await self._submit("completions", sent, held, deadline)
 
     async def submit_completion(
@@ -284,9 +284,8 @@ class ExternalBackend(Backend):
             changes = {"n": body.num_drawn, "logprobs": body.logprobs or 0}
         # The text of an echo begins with the prompt, so that the filter need not be told of it.
         before = ["" for _ in texts] if body.echo else texts
-        num_tokens = sum(map(estimated_tokens, texts))
-        num_tokens += len(texts) * body.num_drawn * body.max_tokens
-        reserve = partial(client.reserve, num_tokens)
+        num_new_tokens = len(texts) * body.num_drawn * body.max_tokens
+        reserve = partial(client.reserve, sum(map(estimated_tokens, texts)), num_new_tokens)
         return await self._submit_openai("completions", body, texts, before, changes, reserve)
 
     async def submit_chat(
@@ -294,9 +293,10 @@ class ExternalBackend(Backend):
     ) -> Generation:
         texts = [message.text for message in body.messages]
         num_prompt_tokens = sum(map(estimated_tokens, texts))
-        # Without a bound at either end, what it costs is known only in the end.
-        max_tokens = body.most_tokens or max(0, (self.max_model_len or 0) - num_prompt_tokens)
-        reserve = partial(client.reserve, num_prompt_tokens + body.n * max_tokens)
+        # Without a bound at either end it may cost more than any limit.
+        context_tokens = self.max_model_len or sys.maxsize
+        max_tokens = body.most_tokens or max(0, context_tokens - num_prompt_tokens)
+        reserve = partial(client.reserve, num_prompt_tokens, body.n * max_tokens)
         return await self._submit_openai("chat/completions", body, texts, [""], {}, reserve)
 
     async def _submit_openai(

@@ -165,7 +165,7 @@ class LocalBackend(Backend):
             seed=params.seed,
             stop=tuple(params.stop),
         )
-        await client.reserve(num_prompt_tokens + num_sequences * sampling.max_new_tokens)
+        await client.reserve(num_prompt_tokens, num_sequences * sampling.max_new_tokens)
         request = self.engine.submit(
             prompt_token_ids, sampling, num_sequences=num_sequences, streams=streams
         )
@@ -182,8 +182,8 @@ class LocalBackend(Backend):
         )
         # In a thread, because prompts may be long here.
         texts, prompts = await asyncio.to_thread(self._completion_prompts, body)
-        num_tokens = sum(map(len, prompts)) + len(prompts) * body.num_drawn * body.max_tokens
-        await client.reserve(num_tokens)
+        num_new_tokens = len(prompts) * body.num_drawn * body.max_tokens
+        await client.reserve(sum(map(len, prompts)), num_new_tokens)
         requests = self.engine.submit_all(
             prompts, sampling, num_sequences=body.num_drawn, streams=body.stream
         )
@@ -198,7 +198,7 @@ class LocalBackend(Backend):
         max_tokens = body.most_tokens or self.max_model_len - len(prompt_token_ids)
         num_logprobs = body.top_logprobs if body.logprobs else None
         sampling = self._sampling_params(body, max_tokens, num_logprobs)
-        await client.reserve(len(prompt_token_ids) + body.n * max_tokens)
+        await client.reserve(len(prompt_token_ids), body.n * max_tokens)
         request = self.engine.submit(
             prompt_token_ids, sampling, num_sequences=body.n, streams=body.stream
         )
