@@ -247,15 +247,15 @@ class ExternalBackend(Backend):
             raise ForbiddenPrompt("prompt")
         context_tokens = self.max_model_len or sys.maxsize
         num_new_tokens = params.max_new_tokens or params.max_length
+        await client.reserve(estimated_tokens(prompt), num_sequences * num_new_tokens)
         num_prompt_tokens = 0  # while it makes no difference: to count them costs a request
         counts_prompt = params.max_new_tokens is None and "max_length" in params.model_fields_set
         # A token is a byte or more, but for the one that some models begin with.
         if counts_prompt or len(prompt.encode()) + 1 + num_new_tokens > context_tokens:
             num_prompt_tokens = await self._count_prompt_tokens(prompt, deadline)
-        max_tokens = new_token_budget(params, num_prompt_tokens, context_tokens)
         sent = {
             "prompt": prompt,
-            "max_tokens": max_tokens,
+            "max_tokens": new_token_budget(params, num_prompt_tokens, context_tokens),
             "temperature": params.temperature,
             "top_p": params.top_p,
             "n": num_sequences,
@@ -267,7 +267,6 @@ class ExternalBackend(Backend):
         if "top_k" in params.model_fields_set:  # no field of OpenAI's own
             sent["top_k"] = params.top_k
         held = [HeldText(self.text_filter, prompt, streams) for _ in range(num_sequences)]
-        await client.reserve(estimated_tokens(prompt), num_sequences * max_tokens)
         return await self._submit("completions", sent, held, deadline)
 
     async def submit_completion(
