@@ -14,7 +14,7 @@ import hmac
 import re
 import time
 import uuid
-from ipaddress import IPv6Address, ip_address, ip_network
+from ipaddress import IPv6Address, ip_address
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -156,7 +156,7 @@ def address_identity(client: tuple[str, int] | None) -> str:
         return "unknown"
     if isinstance(address, IPv6Address):
         if not address.ipv4_mapped:
-            return f"address {ip_network((address, 64), strict=False)}"
+            return f"address {IPv6Address(int(address) >> 64 << 64)}/64"
         address = address.ipv4_mapped
     return f"address {address}"
 

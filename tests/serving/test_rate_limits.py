@@ -143,10 +143,10 @@ def test_what_could_not_be_queued_is_given_back(app: Any, monkeypatch: pytest.Mo
     def refuse(*_: Any, **__: Any) -> Any:
         raise QueueFullError
 
-    monkeypatch.setattr(main.engine, "submit", refuse)
+    monkeypatch.setattr(main.engine, "submit_all", refuse)
     http = limited_client(app, token_rate_limit=100)
     for _ in range(3):
-        answer = http.post("/generate", json={"prompt": PROMPT, "max_new_tokens": 60})
+        answer = http.post(COMPLETIONS, json={"prompt": PROMPT, "max_tokens": 60})
         assert answer.status_code == 503
     assert remaining(http.get("/v1/models")) == 100
 
