@@ -34,6 +34,7 @@ from serving.errors import (
     retry_after,
 )
 from serving.metrics import FAILED_REQUESTS, FILTER_HITS, QUEUE_REFUSALS
+from serving.rate_limits import AboveLimit, LimitReached, limit_refusal
 from serving.registry import UnknownModel
 from serving.streams import ClientGone
 
@@ -143,6 +144,15 @@ async def report_refused(http: Request, error: Refused) -> JSONResponse:
     return refuse_fields(http, [value_error(input_place(http), msg=REFUSED)])
 
 
+async def refuse_over_limit(http: Request, error: LimitReached) -> JSONResponse:
+    return limit_refusal(http.scope, error)
+
+
+async def refuse_above_limit(http: Request, error: AboveLimit) -> JSONResponse:
+    reason = f"may cost more than the limit of {error.limit} tokens a minute: ask for fewer"
+    return refuse_fields(http, [value_error(input_place(http), msg=reason)])
+
+
 async def refuse_for_now(http: Request, error: Exception) -> JSONResponse:
     details = {
         QueueFullError: OVERLOADED,
@@ -198,6 +208,8 @@ HANDLERS: dict[type[Exception], Any] = {
     ContextExceeded: refuse_long_prompt,
     NoChatTemplate: refuse_chat,
     UnknownModel: refuse_unknown_model,
+    LimitReached: refuse_over_limit,
+    AboveLimit: refuse_above_limit,
     Refused: report_refused,
     QueueFullError: refuse_for_now,
     EngineStoppedError: refuse_for_now,

@@ -218,10 +218,10 @@ def add_generation_to_log(generation: Generation) -> None:
         facts["model"] = f"{facts['model']},{name}" if "model" in facts else name
 
 
-def num_generated_tokens() -> int:
-    """By all texts of the request under way."""
+def request_generations() -> list[Generation]:
+    """All texts of the request under way."""
     generations: list[Generation] = (request_facts.get() or {}).get("generations", [])
-    return sum(generation.num_generated_tokens for generation in generations)
+    return generations
 
 
 def log_request(

@@ -6,47 +6,30 @@ HeadLimitMiddleware       414, 431 and 400: a URL or headers that are too long, 
 BrowserMiddleware         421 and 403, in browsers.py: pages of other sites
 ApiKeyMiddleware          401: who may pass
 ShutdownMiddleware        503: the service is stopping
-RateLimitMiddleware       429: requests and tokens a minute
+RateLimitMiddleware       429: requests and tokens a minute (serving/rate_limits.py)
 UnexpectedErrorMiddleware 500: what nobody else has caught
 BodyLimitMiddleware       413: a body that is too large
 
 Not BaseHTTPMiddleware, under which a route never hears that its client has gone.
 """
 
-import asyncio
 import hashlib
 import hmac
-import math
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
-from logging import getLogger
+from ipaddress import IPv6Address, ip_address
 from typing import Any
 from urllib.parse import quote, unquote
 
-from limits import RateLimitItemPerMinute
-from limits.aio.strategies import FixedWindowRateLimiter
-from limits.errors import StorageError
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import Response
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.errors import STOPPING, UNEXPECTED, error_response, retry_after
-from serving.logs import (
-    add_to_log,
-    first_line,
-    log_request,
-    num_generated_tokens,
-    request_facts,
-    request_id,
-)
-from serving.metrics import HTTP_REQUESTS, RATE_LIMIT_REFUSALS
-from serving.settings import Settings, open_storage, refuse_setting
+from serving.logs import add_to_log, log_request, request_facts, request_id
+from serving.metrics import HTTP_REQUESTS
+from serving.settings import Settings, refuse_setting
 from serving.shutdown import GracefulShutdown
-
-logger = getLogger("service")
 
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 MAX_URL_BYTES = 16_384  # of the path and query; 500 characters, percent-encoded, take 6,000
@@ -56,8 +39,6 @@ EVERY_ANSWERS_HEADERS = (
     (b"referrer-policy", b"no-referrer"),  # a path may be a prompt
     (b"x-frame-options", b"DENY"),
 )
-STORAGE_TIMEOUT_SECONDS = 1.0  # for the counts that a request's limits look up
-STORAGE_PAUSE_SECONDS = 10.0  # for which nothing is limited, after the storage has failed
 # Stands for an encoded slash while routing: `GET /{prompt}` takes one segment, which may hold one.
 # The first that the path does not hold itself is taken: a URL has no room for all of them.
 ENCODED_SLASHES = [chr(code) for code in range(0xE000, 0xF900)]
@@ -181,6 +162,20 @@ def key_digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 
 
+def address_identity(client: tuple[str, int] | None) -> str:
+    """Whom an address stands for: itself, or its /64, all of which one client has. However it is
+    written; `unknown` for what is none, such as a socket's path."""
+    try:
+        address = ip_address(client[0].partition("%")[0] if client else "")
+    except ValueError:
+        return "unknown"
+    if isinstance(address, IPv6Address):
+        if not address.ipv4_mapped:
+            return f"address {IPv6Address(int(address) >> 64 << 64)}/64"
+        address = address.ipv4_mapped
+    return f"address {address}"
+
+
 class ApiKeyMiddleware:
     """Lets nobody pass without a key, where there are keys, but to what `is_open`.
 
@@ -196,8 +191,7 @@ class ApiKeyMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or is_open(scope["path"]):
             return await self.app(scope, receive, send)
-        client = scope.get("client")
-        scope["client_identity"] = f"address {client[0]}" if client else "unknown"
+        scope["client_identity"] = address_identity(scope.get("client"))
         is_free = scope["path"] == "/metrics" and not self.metrics_need_key
         if self.key_names and not is_free:
             name = self.key_name(Headers(scope=scope))
@@ -235,91 +229,6 @@ class ShutdownMiddleware:
                 refusal = error_response(scope, 503, STOPPING, retry_after())
                 return await refusal(scope, receive, send)
         await self.app(scope, receive, send)
-
-
-class RateLimitMiddleware:
-    """Counts requests and generated tokens a minute for each `client_identity`.
-
-    Requests count as they come, tokens once they are made: also those of a client that has gone.
-    """
-
-    def __init__(self, app: ASGIApp, settings: Settings):
-        self.app = app
-        self.limiter = FixedWindowRateLimiter(open_storage(settings.rate_limit_storage))
-        self.paused_until_seconds = 0.0
-        amounts = {"requests": settings.rate_limit, "tokens": settings.token_rate_limit}
-        self.limits = {
-            name: RateLimitItemPerMinute(amount) for name, amount in amounts.items() if amount
-        }
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_limited = scope["type"] == "http" and bool(self.limits) and not self.is_paused
-        if not is_limited or is_open(scope["path"]) or scope["path"] == "/metrics":
-            return await self.app(scope, receive, send)
-        headers: dict[str, str] = {}
-        refusal: Response | None = None
-        async with self.counting():
-            refusal, headers = await self.admit(scope)
-        if refusal:
-            refusal.headers.update(headers)
-            return await refusal(scope, receive, send)
-
-        async def send_with_limits(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(headers)
-            await send(message)
-
-        try:
-            await self.app(scope, receive, send_with_limits)
-        finally:
-            cost = num_generated_tokens()
-            if "tokens" in self.limits and cost and not self.is_paused:
-                identity = scope["client_identity"]
-                async with self.counting():
-                    await self.limiter.hit(self.limits["tokens"], "tokens", identity, cost=cost)
-
-    @property
-    def is_paused(self) -> bool:
-        return time.monotonic() < self.paused_until_seconds
-
-    @asynccontextmanager
-    async def counting(self) -> AsyncGenerator[None]:
-        """Around look-ups of counts. Fail open: while their storage is down, nothing is limited;
-        and it is not asked again for every request."""
-        try:
-            async with asyncio.timeout(STORAGE_TIMEOUT_SECONDS):
-                yield
-        except (StorageError, TimeoutError) as error:
-            if not self.is_paused:
-                pause = STORAGE_PAUSE_SECONDS
-                logger.error("no rate limits for %g s: %s", pause, first_line(error))
-            self.paused_until_seconds = time.monotonic() + STORAGE_PAUSE_SECONDS
-
-    async def admit(self, scope: Scope) -> tuple[Response | None, dict[str, str]]:
-        """The refusal, if it is one, and the headers that tell of the limits."""
-        headers: dict[str, str] = {}
-        refused = None
-        identity = scope["client_identity"]
-        for name, limit in self.limits.items():
-            if name == "requests":
-                is_within = await self.limiter.hit(limit, name, identity)
-            else:
-                is_within = await self.limiter.test(limit, name, identity)
-            window = await self.limiter.get_window_stats(limit, name, identity)
-            wait_seconds = max(1, math.ceil(window.reset_time - time.time()))
-            headers[f"X-RateLimit-Limit-{name.title()}"] = str(limit.amount)
-            headers[f"X-RateLimit-Remaining-{name.title()}"] = str(max(0, window.remaining))
-            headers[f"X-RateLimit-Reset-{name.title()}"] = str(wait_seconds)
-            if not is_within and not refused:
-                RATE_LIMIT_REFUSALS.labels(name).inc()
-                refused = error_response(
-                    scope,
-                    429,
-                    f"Over the limit of {limit.amount} {name} a minute",
-                    retry_after(wait_seconds),
-                    code="rate_limit_exceeded",
-                )
-        return refused, headers
 
 
 class UnexpectedErrorMiddleware:

@@ -2,13 +2,13 @@
 
 import sys
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Literal, NoReturn
 
 from dotenv import load_dotenv
-from limits.errors import ConfigurationError
-from limits.storage import storage_from_string
 from pydantic import Field, FilePath, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from serving.counts import Counts, MemoryCounts
 
 
 class Settings(BaseSettings):
@@ -106,7 +106,10 @@ class Settings(BaseSettings):
         default=None, ge=1, description="Requests a minute by key, else by client address."
     )
     token_rate_limit: int | None = Field(
-        default=None, ge=1, description="Generated tokens a minute, the same way."
+        default=None, ge=1, description="Tokens a minute, of prompts and texts, the same way."
+    )
+    rate_limit_prompts: bool = Field(
+        default=True, description="Whether `TOKEN_RATE_LIMIT` counts the tokens of prompts."
     )
     rate_limit_storage: SecretStr = Field(
         default=SecretStr("memory://"),
@@ -138,17 +141,23 @@ class Settings(BaseSettings):
     @field_validator("rate_limit_storage")
     @classmethod
     def can_be_opened(cls, address: SecretStr) -> SecretStr:
-        try:
-            open_storage(address)
-        except ConfigurationError as error:  # whose text repeats the address, password and all
-            raise ValueError(str(error).replace(address.get_secret_value(), "***")) from None
+        open_counts(address)
         return address
 
 
-def open_storage(address: SecretStr) -> Any:
-    """The counts of rate limits there; a connection is made with the first look-up."""
-    uri = f"async+{address.get_secret_value()}"
-    return storage_from_string(uri, wrap_exceptions=True, implementation="redispy")
+def open_counts(address: SecretStr) -> Counts:
+    """The counts there; a connection is made with the first of them. Raises ValueError, which does
+    not repeat the address."""
+    scheme = address.get_secret_value().partition("://")[0]
+    if scheme == "memory":
+        return MemoryCounts()
+    if scheme not in ("redis", "rediss"):
+        raise ValueError("is neither memory:// nor redis://host:6379")
+    try:
+        from serving.redis_counts import RedisCounts
+    except ModuleNotFoundError:
+        raise ValueError("redis:// needs what requirements-ray.txt installs") from None
+    return RedisCounts(address.get_secret_value())
 
 
 def read_settings() -> Settings:

@@ -22,12 +22,8 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 
 import main
-from serving.middleware import (
-    ApiKeyMiddleware,
-    RateLimitMiddleware,
-    RequestContextMiddleware,
-    key_digest,
-)
+from serving.middleware import ApiKeyMiddleware, RequestContextMiddleware, key_digest
+from serving.rate_limits import RateLimitMiddleware
 from tests.support import (
     PROMPT,
     ROOT,

@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,7 @@ import yaml
 
 import main
 from serving.settings import Settings
-from tests.support import PROMPT, ROOT, Served, metric, wait_until
+from tests.support import PROMPT, ROOT, Served, free_port, metric, redis_server, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -37,11 +36,6 @@ CONFIG = yaml.safe_load((ROOT / "serve.yaml").read_text())
 OPTIONS = CONFIG["applications"][0]["deployments"][0]
 DIED = {"detail": "The replica that worked on this has died; try again"}
 LONG = {"prompt": PROMPT, "max_tokens": 400, "ignore_eos": True}  # which nothing shortens
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
 
 
 def family(parent: int) -> dict[int, str]:
@@ -209,27 +203,8 @@ def test_health_check_fails_with_the_engine_and_not_with_a_full_queue(
 
 @pytest.fixture
 def redis(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A redis-server of its own; `.args[2]` is its port."""
-    if not (server := shutil.which("redis-server")):
-        assert not os.environ.get("CI"), "redis-server is not installed"
-        pytest.skip("redis-server is not installed")
-    process = subprocess.Popen(
-        [
-            server,
-            "--port",
-            str(free_port()),
-            "--bind",
-            "127.0.0.1",
-            "--save",
-            "",
-            "--dir",
-            tmp_path,
-        ],
-        stdout=subprocess.DEVNULL,
-    )
-    yield process
-    process.kill()
-    process.wait()
+    with redis_server(tmp_path) as server:
+        yield server
 
 
 def test_limits_are_shared_and_open_without_their_storage(redis: subprocess.Popen[bytes]) -> None:

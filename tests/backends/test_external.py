@@ -33,8 +33,11 @@ from backends.external import ExternalBackend
 from backends.upstream import RETRY_PAUSES_SECONDS
 from serving.content_filter import ContentFilter
 from serving.errors import BUSY, FORBIDDEN_PROMPT, OVERLOADED, REFUSED, STOPPING, UNREACHABLE
+from serving.middleware import ApiKeyMiddleware, RequestContextMiddleware
 from serving.model_loader import ModelLoader
+from serving.rate_limits import RateLimitMiddleware
 from serving.registry import load_models
+from serving.settings import Settings
 from tests.support import (
     FOLDER,
     PROMPT,
@@ -106,12 +109,12 @@ def connected(address: str, **update: Any) -> ExternalBackend:
 
 
 @contextmanager
-def in_front(backend: ExternalBackend) -> Iterator[httpx.Client]:
+def in_front(backend: ExternalBackend, app: Any = main.app) -> Iterator[httpx.Client]:
     """A client of the app with this model alone; nothing is left open afterwards."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(main.app.state.service.registry, "backends", {NAME: backend})
         patch.setattr(main.app, "openapi_schema", None)  # it tells of the models
-        with serve_in_thread(main.app) as address:
+        with serve_in_thread(app) as address:
             with httpx.Client(base_url=address, timeout=60) as client:
                 yield client
             wait_until(lambda: not backend._generations)
@@ -347,6 +350,31 @@ def test_max_new_tokens_is_cut_to_the_context(
     assert client.post("/generate-text/", json=body).status_code == 200
     after = metric(client.get("/metrics").text, "vllm:generation_tokens_total")
     assert after - before == 1 + 12  # one to count the prompt's four
+
+
+def test_limits_hold_and_refuse_before_anything_is_sent(
+    upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt was sent to be counted before the limit was looked at."""
+    backend = connected(upstream.service.address)
+    monkeypatch.setattr(backend.upstream, "max_model_len", None)
+    monkeypatch.setattr(backend.upstream, "_read_models", lambda _: None)
+    limited = RateLimitMiddleware(main.app, Settings(token_rate_limit=100))
+    app = RequestContextMiddleware(ApiKeyMiddleware(limited, {}, True), 1_000_000)
+    completion = {"prompt": PROMPT, "max_tokens": 60, "ignore_eos": True}
+    chat = {"messages": [{"role": "user", "content": PROMPT}]}
+    with in_front(backend, app) as http:
+        assert http.post("/v1/completions", json=completion).status_code == 200
+        assert http.get("/v1/models").headers["x-ratelimit-remaining-tokens"] == "36"
+        num_prompt_tokens = upstream.figure("vllm:prompt_tokens_total")
+        answers = [
+            http.post("/generate", json={"prompt": PROMPT, "max_length": 50}),
+            http.post("/generate", json={"prompt": PROMPT, "max_length": 150}),
+            http.post("/v1/chat/completions", json=chat),
+        ]
+    assert [answer.status_code for answer in answers] == [429, 422, 400]
+    assert "more than the limit of 100 tokens" in answers[2].json()["error"]["message"]
+    assert upstream.figure("vllm:prompt_tokens_total") == num_prompt_tokens
 
 
 def test_token_ids_are_refused(client: httpx.Client) -> None:

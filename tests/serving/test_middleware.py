@@ -1,5 +1,4 @@
-"""Each middleware: the app in this process behind another one of it, and one service in a process
-of its own with all limits.
+"""Each middleware: the app in this process behind another one of it.
 
 Tests marked `contract` may be sent to another service; so only the others import main.py.
 """
@@ -10,30 +9,27 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import openai
 import pytest
 from fastapi.routing import APIRoute, iter_route_contexts
 from fastapi.testclient import TestClient
-from limits.errors import StorageError
 from starlette.routing import Route
 
 from serving.middleware import (
     ApiKeyMiddleware,
     BodyLimitMiddleware,
-    RateLimitMiddleware,
     RequestContextMiddleware,
     UnexpectedErrorMiddleware,
+    address_identity,
     key_digest,
     read_api_keys,
 )
 from serving.settings import Settings
-from tests.support import PROMPT, ROOT, Served, new_client, refused_fields, served, wait_until
+from tests.support import ROOT, new_client, refused_fields, served, wait_until
 
 client = new_client()
 
@@ -307,104 +303,56 @@ def test_413_and_500_have_the_headers_of_every_answer() -> None:
         assert headers["x-frame-options"] == "DENY"
 
 
-# --- Limits, CORS: one service with all of them -------------------------------------------------
-
-NAMES = ("alice", "bob", "carol", "eve", "fay")
+# --- Whom limits are for ------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def limited() -> Iterator[Served]:
-    settings = {
-        "API_KEYS": ",".join(f"{name}:secret-{name[0]}" for name in NAMES),
-        "RATE_LIMIT": "5",
-        "TOKEN_RATE_LIMIT": "60",
-        "CORS_ORIGINS": "https://example.com",
-    }
-    with served(**settings) as service:
-        yield service
+@pytest.mark.parametrize(
+    ("written", "identity"),
+    [
+        (("192.0.2.1", "::ffff:192.0.2.1", "::FFFF:C000:201", "::ffff:c000:0201"), "192.0.2.1"),
+        (
+            ("2001:db8:0:1::1", "2001:DB8:0:1:ffff::", "2001:0db8:0000:0001:0:0:0:a%eth0"),
+            "2001:db8:0:1::/64",
+        ),
+        (("2001:db8:0:2::1",), "2001:db8:0:2::/64"),
+        (("fe80::1%eth0", "fe80::2%3"), "fe80::/64"),
+        (("::1",), "::/64"),
+    ],
+)
+def test_identity_is_an_ipv4_address_or_a_network(written: tuple[str, ...], identity: str) -> None:
+    """Whoever has an IPv6 address has 2^64 of them, and each had limits of its own."""
+    assert {address_identity((host, 1)) for host in written} == {f"address {identity}"}
 
 
-def test_rate_limit_of_requests_by_key(limited: Served) -> None:
-    with limited.client(**{"X-API-Key": "secret-a"}) as alice:
-        answers = [alice.get("/v1/models") for _ in range(6)]
-    assert [answer.status_code for answer in answers] == [200] * 5 + [429]
-    assert [a.headers["x-ratelimit-remaining-requests"] for a in answers] == list("432100")
-    refused = answers[-1]
-    assert refused.json()["error"]["code"] == "rate_limit_exceeded"
-    assert 1 <= int(refused.headers["retry-after"]) <= 60
-    assert refused.headers["x-ratelimit-limit-requests"] == "5"
-    with limited.client(**{"X-API-Key": "secret-b"}) as bob:
-        assert bob.get("/v1/models").status_code == 200
+@pytest.mark.parametrize("client", [None, ("", 0), ("unix:", 0), ("a" * 60_000, 0), ("1.2.3", 0)])
+def test_identity_of_what_is_no_address(client: tuple[str, int] | None) -> None:
+    assert address_identity(client) == "unknown"
 
 
-def test_rate_limit_of_tokens(limited: Served) -> None:
-    with limited.client(Authorization="Bearer secret-c") as carol:
-        body = {"prompt": PROMPT, "max_new_tokens": 80, "seed": 1}
-        first = carol.post("/generate", json=body)
-        refused = carol.post("/generate", json=body)
-    assert (first.status_code, refused.status_code) == (200, 429)
-    assert refused.json() == {"detail": "Over the limit of 60 tokens a minute"}
-    assert refused.headers["x-ratelimit-remaining-tokens"] == "0"
+def test_identity_is_what_routes_are_told() -> None:
+    told = []
+
+    async def app(scope: Any, *_: Any) -> None:
+        told.append(scope["client_identity"])
+
+    async def ask(host: str) -> None:
+        scope = {"type": "http", "path": "/generate", "headers": [], "client": (host, 1)}
+        await ApiKeyMiddleware(app, {}, True)(scope, None, None)  # type: ignore[arg-type]
+
+    for host in ("2001:db8::1", "2001:db8::2", "::ffff:192.0.2.1"):
+        asyncio.run(ask(host))
+    assert told == ["address 2001:db8::/64"] * 2 + ["address 192.0.2.1"]
 
 
-def test_rate_limit_of_tokens_counts_what_nobody_waited_for(limited: Served) -> None:
-    """A client that leaves has used what was generated until then."""
-    body = {"prompt": PROMPT, "max_new_tokens": 200, "stream": True}
-    with limited.client(Authorization="Bearer secret-e") as eve:
-        with eve.stream("POST", "/generate", json=body) as answer:
-            next(answer.iter_bytes())
-        wait_until(lambda: any(line.get("key") == "eve" for line in limited.log()))
-        left = next(line for line in limited.log() if line.get("key") == "eve")
-        remaining = eve.get("/v1/models").headers["x-ratelimit-remaining-tokens"]
-    assert left["status"] in (200, 499)
-    assert left["generated_tokens"] > 0
-    assert int(remaining) == max(0, 60 - left["generated_tokens"])
+# --- CORS ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [StorageError(OSError("gone")), None])
-def test_rate_limit_is_off_while_its_storage_fails(
-    app: Any,
-    error: Exception | None,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    async def fail(*_: Any, **__: Any) -> int:
-        if error:
-            raise error
-        await asyncio.sleep(60)
-        return 0
-
-    monkeypatch.setattr("serving.middleware.STORAGE_TIMEOUT_SECONDS", 0.1)
-    monkeypatch.setattr("serving.middleware.STORAGE_PAUSE_SECONDS", 0.3)
-    limiting = RateLimitMiddleware(app, Settings(rate_limit=1))
-    http = TestClient(RequestContextMiddleware(ApiKeyMiddleware(limiting, {}, True)))
-    with monkeypatch.context() as broken:
-        broken.setattr(limiting.limiter.storage, "incr", fail)
-        assert [http.get("/v1/models").status_code for _ in range(3)] == [200] * 3
-    logged = [line for line in caplog.messages if "no rate limits for 0.3 s" in line]
-    assert len(logged) == 1
-    assert ("gone" if error else "TimeoutError") in logged[0]
-    wait_until(lambda: http.get("/v1/models").status_code == 429)
-
-
-def test_openai_client_raises_its_own_errors(limited: Served) -> None:
-    def ask(key: str) -> None:
-        with openai.OpenAI(base_url=f"{limited.address}/v1", api_key=key, max_retries=0) as client:
-            client.models.list()
-
-    with pytest.raises(openai.AuthenticationError) as refused:
-        ask("wrong")
-    assert refused.value.code == "invalid_api_key"
-    for _ in range(5):
-        ask("secret-f")
-    with pytest.raises(openai.RateLimitError) as limit:
-        ask("secret-f")
-    assert limit.value.code == "rate_limit_exceeded"
-
-
-def test_cors_preflight_needs_no_key(limited: Served) -> None:
+def test_cors_preflight_needs_no_key() -> None:
     asked = {"Access-Control-Request-Method": "POST", "Origin": "https://example.com"}
-    with limited.client(**asked) as browser:
+    with (
+        served(API_KEYS="one", CORS_ORIGINS="https://example.com") as service,
+        service.client(**asked) as browser,
+    ):
         allowed = browser.options("/generate")
         assert allowed.status_code == 200
         assert allowed.headers["access-control-allow-origin"] == "https://example.com"

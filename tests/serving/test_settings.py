@@ -29,7 +29,7 @@ BAD_SETTINGS = [  # what one start can tell, a start each
     {
         "MAX_NUM_SEQS": ("0", "greater than or equal to 1"),
         "DTYPE": ("float64", "'auto', 'float32' or 'bfloat16'"),
-        "RATE_LIMIT_STORAGE": ("nowhere://me:secret@host", "unknown storage scheme : async+***"),
+        "RATE_LIMIT_STORAGE": ("nowhere://me:secret@host", "is neither memory:// nor redis://"),
     },
     {"MODEL_NAME": ("/no/such/folder", "cannot load")},
     {"FORBIDDEN_WORDS": ("two words", "allowed are letters")},
