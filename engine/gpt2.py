@@ -16,7 +16,7 @@ def gpt2_forward(model: GPT2LMHeadModel) -> Callable[..., CausalLMOutput]:
     It leaves out what transformers' own does for training, beams and cross-attention, and calls
     no module around each product: on two cores that is a tenth of a step of eight rows.
     """
-    body, head = model.transformer, model.lm_head.forward
+    body = model.transformer
     heads, head_dim = body.h[0].attn.num_heads, body.h[0].attn.head_dim
     layers = [
         (
@@ -46,6 +46,6 @@ def gpt2_forward(model: GPT2LMHeadModel) -> Callable[..., CausalLMOutput]:
             attended = kv_cache.attend(layer, projected[:, 0], projected[:, 1:], scale)
             hidden = c_proj(attended.view(hidden.shape)).add_(hidden)
             hidden = mlp_c_proj(act(c_fc(ln_2(hidden)))).add_(hidden)
-        return CausalLMOutput(logits=head(body.ln_f(hidden[logits_to_keep]))[None])
+        return CausalLMOutput(logits=model.lm_head.forward(body.ln_f(hidden[logits_to_keep]))[None])
 
     return forward

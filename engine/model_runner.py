@@ -1,11 +1,12 @@
 """Runs a loaded model over the running sequences."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from engine.batch import ForwardBatch
@@ -17,6 +18,8 @@ from engine.sampler import collect_logprobs
 from engine.scheduler import SHORT_PROMPT_TOKENS
 from engine.weights import prepare_weights
 
+SCORED_TOKENS = 256  # of a prompt, whose logits are there at a time
+
 
 @dataclass(slots=True)
 class StepPlan:
@@ -25,7 +28,8 @@ class StepPlan:
     batches: list[ForwardBatch] = field(default_factory=list)
     logit_row_of: list[int] = field(default_factory=list)  # for each running row
     copies: list[tuple[int, int, int]] = field(default_factory=list)  # cache row, to, num_tokens
-    scored: list[tuple[EngineRequest, int]] = field(default_factory=list)  # and its first logit row
+    # Requests whose prompt's tokens get log probabilities, and where it begins in which pass.
+    scored: list[tuple[EngineRequest, ForwardBatch, int]] = field(default_factory=list)
 
     @property
     def num_logit_rows(self) -> int:
@@ -72,18 +76,14 @@ class ModelRunner:
         plan = StepPlan()
         self._plan_decode(plan, running[:num_decode])
         self._plan_prompts(plan, running[num_decode:])
-        parts = [self.run(batch) for batch in plan.batches]
+        parts = []
+        for batch in plan.batches:
+            scored = [(request, first) for request, of, first in plan.scored if of is batch]
+            parts.append(self._run_and_score(batch, scored) if scored else self.run(batch))
         logits = torch.cat(parts) if len(parts) > 1 else parts[0]
-        for request, first in plan.scored:
-            prompt = request.prompt_token_ids
-            request.prompt_logprobs = collect_logprobs(
-                logits[first : first + len(prompt) - 1],
-                prompt[1:],
-                request.params.num_prompt_logprobs or 0,
-            )
         for source, target, num_tokens in plan.copies:
             self.cache.copy_row(source, target, num_tokens)
-        return logits[plan.logit_row_of] if plan.copies or plan.scored else logits
+        return logits[plan.logit_row_of] if plan.copies else logits
 
     def _plan_decode(self, plan: StepPlan, seqs: list[Sequence]) -> None:
         """A row for each sequence's last token, in as many passes as it takes."""
@@ -109,14 +109,11 @@ class ModelRunner:
                 or len(plan.batches[-1].token_ids) + len(prompt) > self.max_rows
             ):
                 plan.batches.append(ForwardBatch())
-            num_wanted = 1
-            if request.params.num_prompt_logprobs is not None and request.prompt_logprobs is None:
-                num_wanted = len(prompt)
-                plan.scored.append((request, plan.num_logit_rows))
             batch = plan.batches[-1]
+            if request.params.num_prompt_logprobs is not None and request.prompt_logprobs is None:
+                plan.scored.append((request, batch, len(batch.token_ids)))
             batch.add_prompt(prompt, row)
-            end = len(batch.token_ids)
-            batch.logit_rows += range(end - num_wanted, end)
+            batch.logit_rows.append(len(batch.token_ids) - 1)
             plan.logit_row_of += [plan.num_logit_rows - 1] * num_sequences
             others = range(row + 1, row + num_sequences)
             plan.copies += [(row, other, len(prompt)) for other in others]
@@ -124,21 +121,59 @@ class ModelRunner:
     def run(self, batch: ForwardBatch) -> Tensor:
         """Logits (len(batch.logit_rows), vocab) float32 of one forward pass.
 
-        The output layer, too, gets min_rows rows at least: the last one again and again.
+        The output layer, too, gets min_rows rows at least.
         """
+        logits = self._compute(batch, self._padded(batch.logit_rows))
+        return logits[: len(batch.logit_rows)].float()
+
+    def _compute(self, batch: ForwardBatch, rows: list[int]) -> Tensor:
+        """What the model gives for these rows of a pass: (len(rows), vocab), its dtype."""
         if (missing := self.min_rows - len(batch.token_ids)) > 0:
             batch.add_prompt([0] * missing, self.cache.padding_row)
-        num_wanted = len(batch.logit_rows)
-        logit_rows = batch.logit_rows + batch.logit_rows[-1:] * (self.min_rows - num_wanted)
         self.cache.begin_pass(batch)
         output = self.model(
             input_ids=torch.tensor([batch.token_ids], device=self.model.device),
             position_ids=self.cache.positions[None],
-            logits_to_keep=torch.tensor(logit_rows, device=self.model.device),
+            logits_to_keep=torch.tensor(rows, device=self.model.device),
             use_cache=False,
             kv_cache=self.cache,
         )
-        return output.logits[0, :num_wanted].float()
+        logits: Tensor = output.logits[0]
+        return logits
+
+    def _padded(self, rows: list[int]) -> list[int]:
+        """Rows for the output layer: the last one again and again where they are too few."""
+        return rows + rows[-1:] * (self.min_rows - len(rows))
+
+    def _run_and_score(
+        self, batch: ForwardBatch, scored: list[tuple[EngineRequest, int]]
+    ) -> Tensor:
+        """As `run`; and gives these requests, whose prompts begin at these rows, their
+        log probabilities. The output layer works in pieces: the logits of 32,000 tokens of a
+        vocabulary of 150,000 would take 20 GB."""
+        hidden, head = self._hidden_states(batch)
+        for request, first in scored:
+            prompt, num_top = request.prompt_token_ids, request.params.num_prompt_logprobs or 0
+            request.prompt_logprobs = []
+            for start in range(0, len(prompt) - 1, SCORED_TOKENS):
+                next_token_ids = prompt[start + 1 : start + 1 + SCORED_TOKENS]
+                rows = list(range(first + start, first + start + len(next_token_ids)))
+                logits = head(hidden[self._padded(rows)])[: len(rows)]
+                request.prompt_logprobs += collect_logprobs(logits, next_token_ids, num_top)
+        logits = head(hidden[self._padded(batch.logit_rows)])
+        return logits[: len(batch.logit_rows)].float()
+
+    def _hidden_states(self, batch: ForwardBatch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """What the output layer gets, of every row, and the output layer."""
+        rows = list(range(len(batch.token_ids)))
+        if getattr(self.model.config.get_text_config(), "final_logit_softcapping", None):
+            return self._compute(batch, rows), lambda logits: logits  # they are bent behind it
+        head = self.model.get_output_embeddings()
+        self.model.set_output_embeddings(nn.Identity())
+        try:
+            return self._compute(batch, rows), head.forward
+        finally:
+            self.model.set_output_embeddings(head)
 
     def probe(self) -> None:
         """Runs one token; raises what the model raises."""

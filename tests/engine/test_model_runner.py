@@ -130,6 +130,26 @@ def test_prompt_logprobs_are_those_of_the_model(runner: ModelRunner, reference: 
     assert [len(logprobs.top) for logprobs in got] == [2, 2]
 
 
+def test_prompt_logprobs_are_computed_in_pieces(
+    runner: ModelRunner, reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The logits of a whole prompt were there at once: 20 GB for a long one of a large model."""
+    head, num_rows = runner.model.get_output_embeddings(), []
+    monkeypatch.setattr("engine.model_runner.SCORED_TOKENS", 4)
+    compute = head.forward
+    monkeypatch.setattr(
+        head, "forward", lambda hidden: [num_rows.append(len(hidden)), compute(hidden)][1]
+    )
+    running = sequences(SamplingParams(num_prompt_logprobs=0), prompt=LONG)
+    logits = forward(runner, running, 1)
+    assert torch.allclose(logits[0], next_logits(reference, running[0]), atol=1e-4)
+    assert num_rows == [4] * (len(LONG) // 4) + [1]
+    rows = torch.log_softmax(reference(torch.tensor([LONG])).logits[0], dim=-1)
+    expected = [rows[at, token_id].item() for at, token_id in enumerate(LONG[1:])]
+    got = [each.logprob for each in running[0].request.prompt_logprobs or []]
+    assert got == pytest.approx(expected, abs=1e-4)
+
+
 def test_probe_raises_what_the_model_raises(
     runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
