@@ -191,8 +191,10 @@ def set_up_logging(settings: Settings) -> None:
     logging.getLogger("uvicorn.access").disabled = True
     uvicorn = logging.getLogger("uvicorn")  # has a line for whatever is no HTTP, on standard error
     for number, theirs in enumerate(uvicorn.handlers):
-        uvicorn.handlers[number] = LineQueue(sys.__stderr__)
-        uvicorn.handlers[number].setFormatter(theirs.formatter)
+        if type(theirs) is logging.StreamHandler:  # and no file of a --log-config
+            uvicorn.handlers[number] = ours = LineQueue(theirs.stream)
+            ours.setFormatter(theirs.formatter)
+            ours.setLevel(theirs.level)
     usage_logger.propagate = False
     if settings.usage_log:
         try:
