@@ -197,7 +197,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.num_head_bytes = 0
-        self.expect("head")
+        if self.awaited == "request":  # another one in the same piece
+            self.expect("head")
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()

@@ -124,11 +124,14 @@ class HeadLimitMiddleware:
             if len(scope["raw_path"]) + len(scope["query_string"]) > MAX_URL_BYTES:
                 refusal = error_response(scope, 414, f"URL is longer than {MAX_URL_BYTES} bytes")
                 return await refusal(scope, receive, send)
-            if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADERS_BYTES:
+            num_bytes = num_hosts = 0
+            for name, value in scope["headers"]:
+                num_bytes += len(name) + len(value)
+                num_hosts += name == b"host"
+            if num_bytes > MAX_HEADERS_BYTES:
                 refusal = error_response(scope, 431, f"Headers exceed {MAX_HEADERS_BYTES} bytes")
                 return await refusal(scope, receive, send)
             # RFC 9112, section 3.2: of two, a proxy in front may have gone by the other one.
-            num_hosts = [name for name, _ in scope["headers"]].count(b"host")
             if num_hosts > 1 or (num_hosts == 0 and scope["http_version"] == "1.1"):
                 refusal = error_response(scope, 400, "There must be one Host header")
                 return await refusal(scope, receive, send)
