@@ -65,7 +65,7 @@ from serving.model_loader import choose_precision
 from serving.openai.routes import openai_routes
 from serving.registry import load_models
 from serving.routes import PageFiles, native_events, prompt_route, service_routes, text_routes
-from serving.service import CurrentService, Service
+from serving.service import CurrentClient, CurrentService, Service
 from serving.settings import read_settings, refuse_setting
 from serving.shutdown import GracefulShutdown
 from serving.streams import GenerationStream, admit, finish
@@ -154,11 +154,13 @@ app.include_router(service_routes)
     responses=ERRORS | EVENTS,
     tags=["generation"],
 )
-async def generate(http: Request, body: models.GenerateRequest, service: CurrentService) -> Any:
+async def generate(
+    http: Request, body: models.GenerateRequest, client: CurrentClient, service: CurrentService
+) -> Any:
     """Continues a prompt. With `"stream": true` the text comes as server-sent events:
     `{"text": delta}` as it is made, then one with the whole response."""
     backend = service.backend(body.model)
-    submitting = backend.submit_text(body.prompt, body, streams=body.stream)
+    submitting = backend.submit_text(body.prompt, body, client=client, streams=body.stream)
     generation = await admit(http, submitting)  # which meanwhile listens for the client to leave
     if body.stream:
         return GenerationStream(native_events(body.prompt, generation), generation)

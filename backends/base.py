@@ -17,7 +17,7 @@ EngineError (engine)
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -90,6 +90,24 @@ class DeadlineExceeded(BackendError):
     def __init__(self, seconds: float):
         super().__init__()
         self.seconds = seconds
+
+
+async def reserve_nothing(num_tokens: int) -> None:
+    """Takes any number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Whom a request is from.
+
+    identity: whom shares and limits are counted for: a key's name or an address.
+    reserve: awaited once, before the request is queued, with the tokens that it may cost at most,
+    those of its prompts among them (an estimate, where another server counts them); raises what
+    refuses them.
+    """
+
+    identity: str
+    reserve: Callable[[int], Awaitable[None]] = reserve_nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +249,7 @@ class Backend(ABC):
         prompt: str,
         params: models.TextFields,
         *,
+        client: Client,
         num_sequences: int = 1,
         streams: bool = False,
         is_chat: bool = False,
@@ -238,11 +257,15 @@ class Backend(ABC):
         """Continuations of one prompt; is_chat: as an answer to it, if the model has a template."""
 
     @abstractmethod
-    async def submit_completion(self, body: models.CompletionRequest) -> Generation:
+    async def submit_completion(
+        self, body: models.CompletionRequest, *, client: Client
+    ) -> Generation:
         """The choices of `/v1/completions`. Raises ContextExceeded too."""
 
     @abstractmethod
-    async def submit_chat(self, body: models.ChatCompletionRequest) -> Generation:
+    async def submit_chat(
+        self, body: models.ChatCompletionRequest, *, client: Client
+    ) -> Generation:
         """The choices of `/v1/chat/completions`. Raises ContextExceeded, NoChatTemplate too."""
 
     @abstractmethod

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -25,6 +25,7 @@ import models
 from backends.base import (
     About,
     Backend,
+    Client,
     DeadlineExceeded,
     ForbiddenPrompt,
     Generation,
@@ -57,6 +58,7 @@ from engine import (
 
 logger = logging.getLogger("external")
 
+BYTES_A_TOKEN = 4  # of a prompt, about; only the other server can count them
 TAIL_SECONDS = 1.0  # what follows the last text gets this long: the usage, the stream's end
 # Fields of the client's body that the other server gets in another form, or not at all.
 OUR_FIELDS = {"model", "stream", "stream_options", "best_of"}
@@ -234,6 +236,7 @@ class ExternalBackend(Backend):
         prompt: str,
         params: models.TextFields,
         *,
+        client: Client,
         num_sequences: int = 1,
         streams: bool = False,
         is_chat: bool = False,
@@ -249,9 +252,10 @@ class ExternalBackend(Backend):
         # A token is a byte or more, but for the one that some models begin with.
         if counts_prompt or len(prompt.encode()) + 1 + num_new_tokens > context_tokens:
             num_prompt_tokens = await self._count_prompt_tokens(prompt, deadline)
+        max_tokens = new_token_budget(params, num_prompt_tokens, context_tokens)
         sent = {
             "prompt": prompt,
-            "max_tokens": new_token_budget(params, num_prompt_tokens, context_tokens),
+            "max_tokens": max_tokens,
             "temperature": params.temperature,
             "top_p": params.top_p,
             "n": num_sequences,
@@ -263,9 +267,12 @@ class ExternalBackend(Backend):
         if "top_k" in params.model_fields_set:  # no field of OpenAI's own
             sent["top_k"] = params.top_k
         held = [HeldText(self.text_filter, prompt, streams) for _ in range(num_sequences)]
+        await client.reserve(estimated_tokens(prompt) + num_sequences * max_tokens)
         return await self._submit("completions", sent, held, deadline)
 
-    async def submit_completion(self, body: models.CompletionRequest) -> Generation:
+    async def submit_completion(
+        self, body: models.CompletionRequest, *, client: Client
+    ) -> Generation:
         prompts = listed_prompts(body, self.max_prompts)
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         if len(texts) < len(prompts):
@@ -277,11 +284,20 @@ class ExternalBackend(Backend):
             changes = {"n": body.num_drawn, "logprobs": body.logprobs or 0}
         # The text of an echo begins with the prompt, so that the filter need not be told of it.
         before = ["" for _ in texts] if body.echo else texts
-        return await self._submit_openai("completions", body, texts, before, changes)
+        num_tokens = sum(map(estimated_tokens, texts))
+        num_tokens += len(texts) * body.num_drawn * body.max_tokens
+        reserve = partial(client.reserve, num_tokens)
+        return await self._submit_openai("completions", body, texts, before, changes, reserve)
 
-    async def submit_chat(self, body: models.ChatCompletionRequest) -> Generation:
+    async def submit_chat(
+        self, body: models.ChatCompletionRequest, *, client: Client
+    ) -> Generation:
         texts = [message.text for message in body.messages]
-        return await self._submit_openai("chat/completions", body, texts, [""], {})
+        num_prompt_tokens = sum(map(estimated_tokens, texts))
+        # Without a bound at either end, what it costs is known only in the end.
+        max_tokens = body.most_tokens or max(0, (self.max_model_len or 0) - num_prompt_tokens)
+        reserve = partial(client.reserve, num_prompt_tokens + body.n * max_tokens)
+        return await self._submit_openai("chat/completions", body, texts, [""], {}, reserve)
 
     async def _submit_openai(
         self,
@@ -290,9 +306,10 @@ class ExternalBackend(Backend):
         texts: list[str],
         before: list[str],
         changes: dict[str, Any],
+        reserve: Callable[[], Awaitable[None]],
     ) -> Generation:
         """texts: what a prompt filter reads; before: what the answers follow on; changes: to the
-        client's body."""
+        client's body; reserve: the client's, for what the request may cost."""
         deadline = self._new_deadline()
         self.log_prompts(texts)
         # In a thread, because prompts may be long here.
@@ -305,6 +322,7 @@ class ExternalBackend(Backend):
             for text in before
             for _ in range(num_sequences)
         ]
+        await reserve()
         return await self._submit(route, sent, held, deadline)
 
     def _new_deadline(self) -> Deadline:
@@ -459,6 +477,11 @@ class ExternalBackend(Backend):
         """Puts the other server's own count in place of that of the chunks."""
         num_more = max(0, usage.completion_tokens - generation.num_chunks)
         self.on_step(StepStats(0, usage.prompt_tokens, [], num_untimed_tokens=num_more))
+
+
+def estimated_tokens(text: str) -> int:
+    """About how many tokens a prompt has, at least 1."""
+    return len(text.encode()) // BYTES_A_TOKEN + 1
 
 
 def text_delta(

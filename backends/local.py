@@ -13,6 +13,7 @@ import models
 from backends.base import (
     About,
     Backend,
+    Client,
     ContextExceeded,
     DeadlineExceeded,
     ForbiddenPrompt,
@@ -139,6 +140,7 @@ class LocalBackend(Backend):
         prompt: str,
         params: models.TextFields,
         *,
+        client: Client,
         num_sequences: int = 1,
         streams: bool = False,
         is_chat: bool = False,
@@ -163,12 +165,15 @@ class LocalBackend(Backend):
             seed=params.seed,
             stop=tuple(params.stop),
         )
+        await client.reserve(num_prompt_tokens + num_sequences * sampling.max_new_tokens)
         request = self.engine.submit(
             prompt_token_ids, sampling, num_sequences=num_sequences, streams=streams
         )
         return LocalGeneration(self, [request])
 
-    async def submit_completion(self, body: models.CompletionRequest) -> Generation:
+    async def submit_completion(
+        self, body: models.CompletionRequest, *, client: Client
+    ) -> Generation:
         num_logprobs = body.logprobs
         if body.num_drawn > body.n and num_logprobs is None:
             num_logprobs = 0  # the tokens' own, by which the best choices are picked
@@ -177,18 +182,23 @@ class LocalBackend(Backend):
         )
         # In a thread, because prompts may be long here.
         texts, prompts = await asyncio.to_thread(self._completion_prompts, body)
+        num_tokens = sum(map(len, prompts)) + len(prompts) * body.num_drawn * body.max_tokens
+        await client.reserve(num_tokens)
         requests = self.engine.submit_all(
             prompts, sampling, num_sequences=body.num_drawn, streams=body.stream
         )
         form: LogprobsForm = None if body.logprobs is None else "completion"
         return LocalGeneration(self, requests, form, echo=texts if body.echo else None)
 
-    async def submit_chat(self, body: models.ChatCompletionRequest) -> Generation:
+    async def submit_chat(
+        self, body: models.ChatCompletionRequest, *, client: Client
+    ) -> Generation:
         # In a thread, because conversations may be long.
         prompt_token_ids = await asyncio.to_thread(self._chat_prompt, body)
         max_tokens = body.most_tokens or self.max_model_len - len(prompt_token_ids)
         num_logprobs = body.top_logprobs if body.logprobs else None
         sampling = self._sampling_params(body, max_tokens, num_logprobs)
+        await client.reserve(len(prompt_token_ids) + body.n * max_tokens)
         request = self.engine.submit(
             prompt_token_ids, sampling, num_sequences=body.n, streams=body.stream
         )

@@ -17,12 +17,12 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.staticfiles import StaticFiles
 
 import models
-from backends.base import Generation
+from backends.base import Client, Generation
 from serving.bodies import BoundedRoute
 from serving.documentation import ERRORS, NOT_READY, PLAIN_TEXT
 from serving.error_handlers import FAILURES, count_failure, failure_message
 from serving.middleware import with_slashes
-from serving.service import CurrentService, Service
+from serving.service import CurrentClient, CurrentService, Service
 from serving.streams import GenerationStream, StreamAborted, admit, event, finish
 
 # --- Page, probes, metrics ----------------------------------------------------------------------
@@ -142,14 +142,16 @@ async def plain_text(generation: Generation) -> AsyncGenerator[str]:
 @text_routes.post("/generate-text", include_in_schema=False)
 @text_routes.post("/generate-text/", response_model=models.GenerateTextResponse, responses=ERRORS)
 async def generate_texts(
-    http: Request, body: models.GenerateTextRequest, service: CurrentService
+    http: Request, body: models.GenerateTextRequest, client: CurrentClient, service: CurrentService
 ) -> Any:
     """Every served model continues the same prompt, side by side."""
     admitted = await asyncio.gather(
         *(
             admit(
                 http,
-                backend.submit_text(body.prompt, body, num_sequences=body.num_return_sequences),
+                backend.submit_text(
+                    body.prompt, body, client=client, num_sequences=body.num_return_sequences
+                ),
             )
             for backend in service.registry.backends.values()
         ),
@@ -172,28 +174,36 @@ async def generate_texts(
 
 
 async def stream_plain(
-    http: Request, fields: models.TextRequest | models.TextQuery, service: Service
+    http: Request,
+    fields: models.TextRequest | models.TextQuery,
+    client: Client,
+    service: Service,
 ) -> Response:
     backend = service.backend(fields.model)
-    submitting = backend.submit_text(fields.prompt, fields, streams=True, is_chat=True)
+    submitting = backend.submit_text(
+        fields.prompt, fields, client=client, streams=True, is_chat=True
+    )
     generation = await admit(http, submitting)
     return GenerationStream(plain_text(generation), generation, "text/plain")
 
 
 @text_routes.get("/generate/text", responses=ERRORS | PLAIN_TEXT, response_class=Response)
 async def generate_text_from_query(
-    http: Request, query: Annotated[models.TextQuery, Query()], service: CurrentService
+    http: Request,
+    query: Annotated[models.TextQuery, Query()],
+    client: CurrentClient,
+    service: CurrentService,
 ) -> Response:
     """The continuation as plain text while it is generated, for `curl -N`."""
-    return await stream_plain(http, query, service)
+    return await stream_plain(http, query, client, service)
 
 
 @text_routes.post("/generate/text", responses=ERRORS | PLAIN_TEXT, response_class=Response)
 async def generate_text(
-    http: Request, body: models.TextRequest, service: CurrentService
+    http: Request, body: models.TextRequest, client: CurrentClient, service: CurrentService
 ) -> Response:
     """The same with a JSON body."""
-    return await stream_plain(http, body, service)
+    return await stream_plain(http, body, client, service)
 
 
 # What browsers and crawlers ask for by themselves.
@@ -209,6 +219,7 @@ async def generate_from_path(
     response: Response,
     prompt: Annotated[models.Prompt, PathParameter()],
     query: Annotated[models.PromptQuery, Query()],
+    client: CurrentClient,
     service: CurrentService,
 ) -> Any:
     """Continues the URL-encoded path: `/Once%20upon%20a%20time?max_new_tokens=50`."""
@@ -216,7 +227,9 @@ async def generate_from_path(
         raise HTTPException(404, "Not Found")
     prompt = with_slashes(http.scope, prompt)
     backend = service.backend(query.model)
-    submitting = backend.submit_text(prompt, query, num_sequences=query.num_return_sequences)
+    submitting = backend.submit_text(
+        prompt, query, client=client, num_sequences=query.num_return_sequences
+    )
     (deltas,) = await finish(http, await admit(http, submitting))
     response.headers["Cache-Control"] = "no-store"
     return {"generated_sequences": [prompt + delta.text for delta in deltas]}

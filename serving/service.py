@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from backends.base import Backend
+from backends.base import Backend, Client
 from serving.content_filter import ContentFilter
 from serving.metrics import render_metrics
 from serving.registry import ModelRegistry
@@ -36,4 +36,10 @@ async def get_service(http: Request) -> Service:
     return service
 
 
+async def get_client(http: Request) -> Client:
+    """Whom the request is from, as ApiKeyMiddleware has found."""
+    return Client(http.scope["client_identity"])
+
+
 CurrentService = Annotated[Service, Depends(get_service)]
+CurrentClient = Annotated[Client, Depends(get_client)]

@@ -11,7 +11,7 @@ from serving.bodies import BoundedRoute
 from serving.documentation import CHAT_CHUNKS, COMPLETION_CHUNKS, OPENAI_ERRORS
 from serving.middleware import with_slashes
 from serving.openai.responses import ChatBuilder, CompletionBuilder
-from serving.service import CurrentService
+from serving.service import CurrentClient, CurrentService
 from serving.streams import admit
 
 LOADED_AT_SECONDS = int(time.time())
@@ -23,7 +23,7 @@ openai_routes = APIRouter(tags=["openai"], route_class=BoundedRoute)
     "/v1/completions", response_model=models.Completion, responses=OPENAI_ERRORS | COMPLETION_CHUNKS
 )
 async def create_completion(
-    http: Request, body: models.CompletionRequest, service: CurrentService
+    http: Request, body: models.CompletionRequest, client: CurrentClient, service: CurrentService
 ) -> Any:
     """OpenAI's completions: continues one or more prompts, given as text or as token ids."""
     if body.num_drawn < body.n:
@@ -33,7 +33,7 @@ async def create_completion(
     if body.max_tokens == 0 and not body.echo:
         raise InvalidField("max_tokens", "0 needs echo")
     backend = service.backend(body.model)
-    generation = await admit(http, backend.submit_completion(body))
+    generation = await admit(http, backend.submit_completion(body, client=client))
     return await CompletionBuilder(body, generation, service.settings).respond(http)
 
 
@@ -43,13 +43,16 @@ async def create_completion(
     responses=OPENAI_ERRORS | CHAT_CHUNKS,
 )
 async def create_chat_completion(
-    http: Request, body: models.ChatCompletionRequest, service: CurrentService
+    http: Request,
+    body: models.ChatCompletionRequest,
+    client: CurrentClient,
+    service: CurrentService,
 ) -> Any:
     """OpenAI's chat completions, for models with a chat template."""
     if body.top_logprobs and not body.logprobs:
         raise InvalidField("top_logprobs", "needs logprobs")
     backend = service.backend(body.model)
-    generation = await admit(http, backend.submit_chat(body))
+    generation = await admit(http, backend.submit_chat(body, client=client))
     return await ChatBuilder(body, generation, service.settings).respond(http)
 
 
