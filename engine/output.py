@@ -5,7 +5,7 @@ from bisect import bisect_right
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
-from engine.request import Delta, FinishReason, Sequence, TextFilter
+from engine.request import Delta, FinishReason, Prompt, Sequence, TextFilter
 
 CONTEXT_TOKENS = 32  # so many of the prompt's last tokens tell the decoder how to begin
 MAX_ROLLBACKS = 8  # that a sequence may have, and one more for each of its tokens
@@ -29,13 +29,13 @@ class OutputProcessor:
         self.eos_token_ids = eos_token_ids
         self.num_rollbacks = 0
 
-    def read_prompt(self, prompt_token_ids: list[int]) -> tuple[str, int]:
-        """The prompt's text as far as the filter needs it, and in how many of its characters no
-        forbidden word can begin, whatever follows."""
+    def read_prompt(self, prompt_token_ids: list[int]) -> Prompt:
+        """The prompt with its text as far as the filter needs it, and in how many of its
+        characters no forbidden word can begin, whatever follows."""
         if not self.text_filter:
-            return "", 0
+            return Prompt(prompt_token_ids, "", 0)
         text = self.tokenizer.decode(prompt_token_ids, skip_special_tokens=True)
-        return text, self.text_filter.scan(text, 0, final=False)[1]
+        return Prompt(prompt_token_ids, text, self.text_filter.scan(text, 0, final=False)[1])
 
     def append(self, seq: Sequence, token_id: int) -> Delta | None:
         """What the client gains by this token: text that nothing to come can take back."""

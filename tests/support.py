@@ -25,7 +25,7 @@ from fastapi.testclient import TestClient
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from engine import Delta, Engine, EngineRequest, SamplingParams
+from engine import Delta, Engine, EngineRequest, Prompt, SamplingParams
 from engine.request import Sequence
 
 ROOT = Path(__file__).parent.parent
@@ -216,9 +216,11 @@ def sequences(
     seed: int = 0,
     streams: bool = False,
     prompt_text: str = "",
+    client: str = "",
 ) -> list[Sequence]:
     """The sequences of one request, as the engine makes them."""
-    request = EngineRequest(prompt or [1], params, prompt_text, 0, streams, loop=None)
+    read = Prompt(prompt or [1], prompt_text, 0)
+    request = EngineRequest(read, params, streams, loop=None, client=client)
     seqs = [Sequence(request, index, seed) for index in range(count)]
     for seq in seqs:
         seq.output_token_ids += output
