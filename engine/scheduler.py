@@ -9,7 +9,7 @@ from engine.request import QueueFullError, Sequence, Status
 
 SHORT_PROMPT_TOKENS = 32  # prompts up to here share a step with the batch; longer ones run alone
 MOST_FOR_EACH_FREE = 7  # of something that is shared a client has at most so many for each free one
-SHARED_STEPS = 1000  # in which rows are kept free, once another client has come
+BRIEF_TOKENS = 64  # who generates no more than so many frees its row soon
 
 
 def is_within_share(num_own: int, num_free: int) -> bool:
@@ -24,9 +24,9 @@ class Scheduler:
     `running[i]` owns row i of the cache: rows 0 … num_running-1 are always the running
     ones, because the last row moves into the hole that a finished sequence leaves.
 
-    Rows: a free one goes to the client that has the fewest, in turns where several do. Once a
-    second client has come, nobody takes a row beyond `is_within_share` for SHARED_STEPS, so that
-    a newcomer runs in the next step; one that is alone has them all.
+    Rows: a free one goes to the client that has the fewest, in turns where several do. Beyond
+    `is_within_share` a client gets rows for brief sequences alone: so a newcomer finds one free,
+    or one that soon will be.
 
     Queue: counted in sequences for which no row is free, those of `reserve` among them. A client
     may have as many as places are left then, of twice max_queue_size: max_queue_size if it is
@@ -39,9 +39,6 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.waiting: dict[str, deque[Sequence]] = {}  # by client, who was served last at the end
         self.num_queued: Counter[str | None] = Counter()  # of each client: reserved and waiting
-        self.num_steps = 0
-        self.shared_until_step = 0
-        self.last_client: str | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -63,9 +60,6 @@ class Scheduler:
         if not self.has_room(num_sequences, client):
             raise QueueFullError("too many sequences are waiting already")
         self.num_queued[client] += num_sequences
-        if self.last_client not in (None, client):
-            self.shared_until_step = self.num_steps + SHARED_STEPS
-        self.last_client = client
 
     def give_back(self, client: str, num_sequences: int) -> None:
         """Counts so many no more: reserved ones that do not come, or what has left the queue."""
@@ -89,7 +83,6 @@ class Scheduler:
         that the running ones never wait for more than one prompt. Sequences that share a
         prompt count once, and run together where rows are free.
         """
-        self.num_steps += 1
         admitted: list[Sequence] = []
         budget_tokens = SHORT_PROMPT_TOKENS
         num_rows = Counter(seq.request.client for seq in self.running)
@@ -114,10 +107,11 @@ class Scheduler:
 
     def _may_run(self, client: str, num_rows: Counter[str], end_id: float) -> bool:
         num_free = self.max_num_seqs - len(self.running)
-        if num_free <= 0 or self.waiting[client][0].request.id >= end_id:
+        seq = self.waiting[client][0]
+        if num_free <= 0 or seq.request.id >= end_id:
             return False
-        is_shared = self.num_steps < self.shared_until_step
-        return not is_shared or is_within_share(num_rows[client], num_free)
+        is_brief = seq.params.max_new_tokens <= BRIEF_TOKENS
+        return is_brief or is_within_share(num_rows[client], num_free)
 
     def take_waiting(self, before_id: float = math.inf) -> list[Sequence]:
         """Takes those of requests with lower ids out of the queue, and returns them."""

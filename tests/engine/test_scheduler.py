@@ -2,10 +2,13 @@
 
 import pytest
 
-from engine import QueueFullError
+from engine import QueueFullError, SamplingParams
 from engine.request import Sequence, Status
-from engine.scheduler import SHARED_STEPS, SHORT_PROMPT_TOKENS, Scheduler
+from engine.scheduler import BRIEF_TOKENS, SHORT_PROMPT_TOKENS, Scheduler
 from tests.support import sequences
+
+BRIEF = SamplingParams(max_new_tokens=BRIEF_TOKENS)
+LONG = SamplingParams(max_new_tokens=BRIEF_TOKENS + 1)
 
 
 def prompts(*lengths: int) -> list[Sequence]:
@@ -201,34 +204,28 @@ def test_scheduler_row_goes_to_whoever_has_fewest() -> None:
     assert clients_of(scheduler.schedule()) == "bbbaa"  # has three rows, as the other one then
 
 
-def test_scheduler_keeps_rows_for_newcomers_once_there_was_one() -> None:
-    """All rows were one client's for as long as it liked."""
+def test_scheduler_keeps_rows_for_newcomers() -> None:
+    """All rows were one client's for as long as its texts were long."""
     scheduler = Scheduler(max_num_seqs=64, max_queue_size=99)
-    add(scheduler, sequences(client="b"))
-    scheduler.finish(*scheduler.schedule())
-    add(scheduler, sequences(client="a", count=99))
+    add(scheduler, sequences(LONG, client="a", count=99))
     assert len(scheduler.schedule()) == 56
-    add(scheduler, sequences(client="b", count=9))
+    add(scheduler, sequences(LONG, client="b", count=9))
     assert clients_of(scheduler.schedule()) == "bbbbbbb"
-    add(scheduler, sequences(client="c"))
+    add(scheduler, sequences(LONG, client="c"))
     assert clients_of(scheduler.schedule()) == "c"
 
 
-def test_scheduler_lone_client_has_all_rows() -> None:
+def test_scheduler_gives_all_rows_to_who_frees_them_soon() -> None:
     scheduler = Scheduler(max_num_seqs=64, max_queue_size=99)
-    add(scheduler, sequences(client="b"))
-    scheduler.finish(*scheduler.schedule())
-    add(scheduler, sequences(client="a", count=99))
-    for _ in range(SHARED_STEPS):
-        scheduler.schedule()
-    assert len(scheduler.running) == 64
+    add(scheduler, sequences(BRIEF, client="a", count=99))
+    assert len(scheduler.schedule()) == 64
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 2, 7])
 def test_scheduler_few_rows_are_all_used(max_num_seqs: int) -> None:
     scheduler = Scheduler(max_num_seqs, max_queue_size=99)
     for client in "ba":
-        add(scheduler, sequences(client=client, count=9))
+        add(scheduler, sequences(LONG, client=client, count=9))
     assert len(scheduler.schedule()) == max_num_seqs
 
 
