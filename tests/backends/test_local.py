@@ -8,7 +8,14 @@ import pytest
 
 import main
 import models
-from backends.base import Client, ContextExceeded, ForbiddenPrompt, Generation, InvalidField
+from backends.base import (
+    Client,
+    ContextExceeded,
+    DeadlineExceeded,
+    ForbiddenPrompt,
+    Generation,
+    InvalidField,
+)
 from engine import QueueFullError
 from tests.support import PROMPT, ids, run
 
@@ -118,6 +125,15 @@ def test_deadline_counts_from_arrival(monkeypatch: pytest.MonkeyPatch) -> None:
         generation.abort()
 
     assert run(ask()) == [None]
+
+
+def test_deadline_ends_the_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All was read, whatever the deadline: 12.9 s under one of 3 s."""
+    monkeypatch.setattr(BACKEND, "request_timeout_seconds", 0.1)
+    body = completion(prompt=[[n + 1] * 500 for n in range(256)])
+    (error,) = run(BACKEND.submit_completion(body, client=Client("a")))
+    assert isinstance(error, DeadlineExceeded)
+    assert is_idle()
 
 
 def test_too_long_a_prompt_is_refused_without_reading_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support import PROMPT, Served, metric, served, wait_until
+from tests.support import PROMPT, Served, metric, served, tokenizer, wait_until
 
 GREEDY, ORDINARY = {"X-Forwarded-For": "10.0.0.1"}, {"X-Forwarded-For": "10.0.0.2"}
-MAX_NUM_SEQS = 16  # and 256 sequences of a client may wait
-NUM_PROMPTS, NUM_PROMPT_TOKENS = 16 + 256, 500
+MAX_NUM_SEQS = 16
+NUM_PROMPTS, NUM_PROMPT_TOKENS = 256, 500
 TIMEOUT_SECONDS = 3
 
 
@@ -26,8 +26,11 @@ def service() -> Iterator[Served]:
 
 
 def big_body(seed: int) -> dict[str, Any]:
-    """700 KB of token ids: as many prompts as are taken, each as long as may be."""
-    ids = random.Random(seed).choices(range(1000, 8192), k=NUM_PROMPT_TOKENS)
+    """640 KB of token ids: as many prompts as may wait, each as long as may be, as to its tokens
+    and their text."""
+    vocabulary = tokenizer.get_vocab()
+    longest = [vocabulary[token] for token in sorted(vocabulary, key=len)[-1000:]]
+    ids = random.Random(seed).choices(longest, k=NUM_PROMPT_TOKENS)
     prompts = [ids[i % 50 :] + ids[: i % 50] for i in range(NUM_PROMPTS)]
     return {"prompt": prompts, "max_tokens": 10}
 
