@@ -13,8 +13,8 @@ The life of a request:
  2. The middleware asks for its API key, and counts it against its client's limits.
  3. Its body is checked against a schema in models.py; what does not fit is a 422.
  4. The route picks the model's backend: one that runs here, or one on another server.
- 5. The backend refuses a forbidden prompt, turns it into token ids, and queues them at the
-    engine, which refuses at once when its queue is full.
+ 5. The backend takes a place in the engine's queue, or refuses at once when the client has no
+    room there. Then it turns the prompt into token ids, and refuses a forbidden one.
  6. The engine's thread makes one token for every running sequence in each step, and takes back
     tokens that would spell a forbidden word.
  7. The route waits for the text, or streams it as it comes, and listens for its client to leave.
@@ -28,6 +28,8 @@ import os
 # What is loaded from here on stays. Looking through it for garbage makes the start a fifth longer,
 # and holds everybody up for a fifth of a second each time later on.
 gc.disable()
+# Else `encode_batch` starts a thread for each core beside the engine's.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Idle OpenMP threads busy-wait. The default makes a step ten times slower when another process
 # wants a core; 10,000 spins avoid that and cost nothing. torch reads this when it is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")

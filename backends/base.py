@@ -16,9 +16,11 @@ EngineError (engine)
      +- DeadlineExceeded   the request took too long. Recoverable.
 """
 
+import asyncio
+import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -111,6 +113,27 @@ class Client:
 
 
 @dataclass(frozen=True, slots=True)
+class Deadline:
+    """When a request has taken too long."""
+
+    arrived_seconds: float  # on time.monotonic
+    timeout_seconds: float
+
+    @property
+    def left_seconds(self) -> float:
+        return self.arrived_seconds + self.timeout_seconds - time.monotonic()
+
+    @asynccontextmanager
+    async def limit(self) -> AsyncGenerator[None]:
+        """Ends the block with DeadlineExceeded once the time is over."""
+        try:
+            async with asyncio.timeout(self.left_seconds):
+                yield
+        except TimeoutError:
+            raise DeadlineExceeded(self.timeout_seconds) from None
+
+
+@dataclass(frozen=True, slots=True)
 class TextDelta:
     """What one choice has gained: whole characters, filtered."""
 
@@ -125,7 +148,7 @@ class Generation(ABC):
     """The texts that a backend makes for one request: its choices, numbered from 0."""
 
     model_name: str
-    request_timeout_seconds: float  # after which `deltas` raises DeadlineExceeded
+    deadline: Deadline  # at which `deltas` raises DeadlineExceeded
 
     @property
     @abstractmethod
@@ -303,11 +326,11 @@ def new_token_budget(
     return min(budget, context_tokens - num_prompt_tokens)
 
 
-def listed_prompts(body: models.CompletionRequest, max_prompts: int) -> list[str | list[int]]:
-    """Each prompt, as a text or as token ids. Raises InvalidField for too many."""
-    if len(body.prompts) > max_prompts:
-        raise InvalidField("prompt", f"at most {max_prompts} in one request")
-    return body.prompts
+def check_num_sequences(field: str, num_sequences: int, max_num_sequences: int) -> None:
+    """Raises InvalidField for more than ever find room."""
+    if num_sequences > max_num_sequences:
+        reason = f"at most {max_num_sequences} texts in one request, of all prompts together"
+        raise InvalidField(field, reason)
 
 
 def holds_forbidden_word(content_filter: TextFilter, *texts: str) -> bool:

@@ -13,9 +13,8 @@ import asyncio
 import logging
 import sys
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import aclosing, contextmanager
 from functools import lru_cache, partial
 from typing import Any
 
@@ -26,16 +25,18 @@ from backends.base import (
     About,
     Backend,
     Client,
+    Deadline,
     DeadlineExceeded,
     ForbiddenPrompt,
     Generation,
     InvalidField,
     TextDelta,
+    check_num_sequences,
     holds_forbidden_word,
-    listed_prompts,
     new_token_budget,
 )
 from backends.held_text import HeldText
+from backends.reader import Pieces, Reader
 from backends.upstream import (
     BrokenStream,
     Logprobs,
@@ -55,6 +56,7 @@ from engine import (
     StepStats,
     TextFilter,
     TextReading,
+    is_within_share,
 )
 
 logger = logging.getLogger("external")
@@ -65,18 +67,6 @@ TAIL_SECONDS = 1.0  # what follows the last text gets this long: the usage, the 
 OUR_FIELDS = {"model", "stream", "stream_options", "best_of"}
 
 
-@dataclass(frozen=True, slots=True)
-class Deadline:
-    """When a request has taken too long."""
-
-    arrived_seconds: float  # on time.monotonic
-    timeout_seconds: float
-
-    @property
-    def left_seconds(self) -> float:
-        return self.arrived_seconds + self.timeout_seconds - time.monotonic()
-
-
 class ExternalGeneration(Generation):
     """The choices of one request to another server.
 
@@ -84,9 +74,11 @@ class ExternalGeneration(Generation):
     the prompt's are not known.
     """
 
-    def __init__(self, model_name: str, choices: list[HeldText], deadline: Deadline):
+    def __init__(
+        self, model_name: str, choices: list[HeldText], client: Client, deadline: Deadline
+    ):
         self.model_name = model_name
-        self.request_timeout_seconds = deadline.timeout_seconds
+        self.client = client
         self.choices = choices
         self.deadline = deadline
         self.usage: UpstreamUsage | None = None
@@ -152,8 +144,9 @@ class ExternalBackend(Backend):
     """Sends requests to one model of another server.
 
     content_filter: what prompts must not hold; text_filter: what generated text must not, None
-    lets everything pass. max_prompts: in one request. request_id: called for the id of the
-    request under way, which the other server is told. on_step: called for each chunk.
+    lets everything pass. reader: where prompts are read. max_num_sequences: in one request.
+    request_id: called for the id of the request under way, which the other server is told.
+    on_step: called for each chunk.
     """
 
     num_waiting = 0  # in a queue, if at all, there
@@ -170,7 +163,8 @@ class ExternalBackend(Backend):
         content_filter: TextFilter,
         text_filter: TextFilter | None,
         request_timeout_seconds: float,
-        max_prompts: int = 256,
+        reader: Reader,
+        max_num_sequences: int,
         request_id: Callable[[], str] = lambda: "-",
         on_step: Callable[[StepStats], None] | None = None,
         log_prompts: Callable[[str | list[str]], None] | None = None,
@@ -180,7 +174,8 @@ class ExternalBackend(Backend):
         self.content_filter = content_filter
         self.text_filter = text_filter
         self.request_timeout_seconds = request_timeout_seconds
-        self.max_prompts = max_prompts
+        self.reader = reader
+        self.max_num_sequences = max_num_sequences
         self.request_id = request_id
         self.on_step = on_step or (lambda stats: None)
         self.log_prompts = log_prompts or (lambda prompts: None)
@@ -200,7 +195,7 @@ class ExternalBackend(Backend):
 
     @property
     def is_full(self) -> bool:
-        """Whether a request submitted now would be refused."""
+        """Whether a client that has no request open would be refused now."""
         return len(self._generations) >= self.upstream.max_num_requests
 
     @property
@@ -253,8 +248,9 @@ class ExternalBackend(Backend):
         num_prompt_tokens = 0  # while it makes no difference: to count them costs a request
         counts_prompt = params.max_new_tokens is None and "max_length" in params.model_fields_set
         # A token is a byte or more, but for the one that some models begin with.
+        await client.reserve(estimated_tokens(prompt), num_sequences * num_new_tokens)
         if counts_prompt or len(prompt.encode()) + 1 + num_new_tokens > context_tokens:
-            num_prompt_tokens = await self._count_prompt_tokens(prompt, deadline)
+            num_prompt_tokens = await self._count_prompt_tokens(prompt, client, deadline)
         sent = {
             "prompt": prompt,
             "max_tokens": new_token_budget(params, num_prompt_tokens, context_tokens),
@@ -268,16 +264,18 @@ class ExternalBackend(Backend):
             sent["stop"] = params.stop
         if "top_k" in params.model_fields_set:  # no field of OpenAI's own
             sent["top_k"] = params.top_k
-        (reading,) = self._read_prompts([prompt])
-        held = [HeldText(reading, streams) for _ in range(num_sequences)]
-        return await self._submit("completions", sent, held, deadline)
+        reading = self._read_prompt(prompt)
+        held = [HeldText(streams, reading) for _ in range(num_sequences)]
+        with self._place(held, client, deadline) as generation:
+            return await self._ask("completions", sent, generation)
 
     async def submit_completion(
         self, body: models.CompletionRequest, *, client: Client
     ) -> Generation:
-        prompts = listed_prompts(body, self.max_prompts)
-        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        if len(texts) < len(prompts):
+        num_sequences = len(body.prompts) * body.num_drawn
+        check_num_sequences("prompt", num_sequences, self.max_num_sequences)
+        texts = [prompt for prompt in body.prompts if isinstance(prompt, str)]
+        if len(texts) < len(body.prompts):
             raise InvalidField(
                 "prompt", f"must be text for {self.name}, which is an external model"
             )
@@ -286,9 +284,10 @@ class ExternalBackend(Backend):
             changes = {"n": body.num_drawn, "logprobs": body.logprobs or 0}
         # The text of an echo begins with the prompt, so that the filter need not be told of it.
         before = ["" for _ in texts] if body.echo else texts
-        num_new_tokens = len(texts) * body.num_drawn * body.max_tokens
-        reserve = partial(client.reserve, sum(map(estimated_tokens, texts)), num_new_tokens)
-        return await self._submit_openai("completions", body, texts, before, changes, reserve)
+        num_new_tokens = num_sequences * body.max_tokens
+        return await self._submit_openai(
+            "completions", body, texts, before, changes, client, num_new_tokens
+        )
 
     async def submit_chat(
         self, body: models.ChatCompletionRequest, *, client: Client
@@ -298,8 +297,9 @@ class ExternalBackend(Backend):
         # Without a bound at either end it may cost more than any limit.
         context_tokens = self.max_model_len or sys.maxsize
         max_tokens = body.most_tokens or max(0, context_tokens - num_prompt_tokens)
-        reserve = partial(client.reserve, num_prompt_tokens, body.n * max_tokens)
-        return await self._submit_openai("chat/completions", body, texts, [""], {}, reserve)
+        return await self._submit_openai(
+            "chat/completions", body, texts, [""], {}, client, body.n * max_tokens
+        )
 
     async def _submit_openai(
         self,
@@ -308,39 +308,52 @@ class ExternalBackend(Backend):
         texts: list[str],
         before: list[str],
         changes: dict[str, Any],
-        reserve: Callable[[], Awaitable[None]],
+        client: Client,
+        num_new_tokens: int,
     ) -> Generation:
         """texts: what a prompt filter reads; before: what the answers follow on; changes: to the
-        client's body; reserve: the client's, for what the request may cost."""
+        client's body; num_new_tokens: as many as may be generated."""
         deadline = self._new_deadline()
         self.log_prompts(texts)
-        # In a thread, because prompts may be long here.
-        if await asyncio.to_thread(holds_forbidden_word, self.content_filter, *texts):
-            raise ForbiddenPrompt("prompt" if route == "completions" else "messages")
         sent = body.model_dump(exclude_unset=True, exclude=OUR_FIELDS) | changes
         num_sequences = sent.get("n", 1)
-        readings = await asyncio.to_thread(self._read_prompts, before)
-        held = [
-            HeldText(reading, body.stream) for reading in readings for _ in range(num_sequences)
-        ]
-        await reserve()
-        return await self._submit(route, sent, held, deadline)
+        held = [HeldText(body.stream) for _ in range(len(before) * num_sequences)]
+        with self._place(held, client, deadline) as generation:
+            reading = self._read_prompts(route, texts, before, held)
+            await self.reader.read(client, deadline, texts, reading)
+            await client.reserve(sum(map(estimated_tokens, texts)), num_new_tokens)
+            return await self._ask(route, sent, generation)
 
-    def _read_prompts(self, prompts: list[str]) -> list[TextReading | None]:
-        """What the filter has read before the first chunk of the choices of each prompt."""
-        return [self.text_filter.read(text) if self.text_filter else None for text in prompts]
+    def _read_prompts(
+        self, route: Route, texts: list[str], before: list[str], held: list[HeldText]
+    ) -> Pieces[None]:
+        """Raises ForbiddenPrompt; else the choices know what they follow on."""
+        for text in texts:
+            if holds_forbidden_word(self.content_filter, text):
+                raise ForbiddenPrompt("prompt" if route == "completions" else "messages")
+            yield
+        num_sequences = len(held) // len(before)
+        for at, text in enumerate(before):
+            reading = self._read_prompt(text)
+            for choice in held[at * num_sequences : (at + 1) * num_sequences]:
+                choice.reading = reading and reading.copy()
+            yield
+
+    def _read_prompt(self, prompt: str) -> TextReading | None:
+        """What the filter has read before the first chunk."""
+        return self.text_filter.read(prompt) if self.text_filter else None
 
     def _new_deadline(self) -> Deadline:
         return Deadline(time.monotonic(), self.request_timeout_seconds)
 
-    async def _count_prompt_tokens(self, prompt: str, deadline: Deadline) -> int:
+    async def _count_prompt_tokens(self, prompt: str, client: Client, deadline: Deadline) -> int:
         """How many tokens the other server makes of a prompt: it says so when it generates one
         more."""
         sent = {"prompt": prompt, "max_tokens": 1}
         # Its text goes nowhere, and it has to come to its end: it is not filtered.
-        generation = await self._submit(
-            "completions", sent, [HeldText(None, streams=False)], deadline
-        )
+        held = [HeldText(streams=False)]
+        with self._place(held, client, deadline) as generation:
+            await self._ask("completions", sent, generation)
         await generation.complete()
         if generation.usage is None:
             logger.warning("%s: upstream does not say how many tokens a prompt has", self.name)
@@ -349,16 +362,31 @@ class ExternalBackend(Backend):
 
     # One request, in a task of its own.
 
-    async def _submit(
-        self, route: Route, body: dict[str, Any], choices: list[HeldText], deadline: Deadline
+    @contextmanager
+    def _place(
+        self, choices: list[HeldText], client: Client, deadline: Deadline
+    ) -> Generator[ExternalGeneration]:
+        """A generation that counts as open from here on; for which `_ask` has to come before the
+        end of the block."""
+        num_own = sum(each.client.identity == client.identity for each in self._generations)
+        num_free = self.upstream.max_num_requests - len(self._generations)
+        if not is_within_share(num_own, num_free):
+            raise QueueFullError("too many requests are open already")
+        generation = ExternalGeneration(self.name, choices, client, deadline)
+        self._generations.add(generation)
+        try:
+            yield generation
+        finally:
+            if generation.task is None:
+                self._generations.discard(generation)
+
+    async def _ask(
+        self, route: Route, body: dict[str, Any], generation: ExternalGeneration
     ) -> ExternalGeneration:
-        """A generation that the other server has begun to answer; where that fails, nothing is
-        left open. body: without `model` and what streaming needs."""
+        """The generation, which the other server has begun to answer; where that fails, nothing
+        is left open. body: without `model` and what streaming needs."""
         if self._is_stopping:
             raise EngineStoppedError("the engine was stopped")
-        if self.is_full:
-            raise QueueFullError(f"{self.upstream.max_num_requests} requests are open already")
-        generation = ExternalGeneration(self.name, choices, deadline)
         body = body | {
             "model": self.upstream.upstream_name,
             "stream": True,
@@ -366,14 +394,10 @@ class ExternalBackend(Backend):
         }
         running = self._run(generation, route, body, self.request_id())
         generation.task = asyncio.create_task(running)
-        self._generations.add(generation)
         generation.task.add_done_callback(partial(self._end, generation))
         try:
-            async with asyncio.timeout(deadline.left_seconds):
+            async with generation.deadline.limit():
                 await generation.is_answered.wait()
-        except TimeoutError:
-            generation.abort()
-            raise DeadlineExceeded(deadline.timeout_seconds) from None
         except BaseException:
             generation.abort()
             raise

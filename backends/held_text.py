@@ -13,10 +13,10 @@ class HeldText:
     spell. Over HTTP nothing can be rolled back: a forbidden word ends the choice.
     """
 
-    def __init__(self, prompt_reading: TextReading | None, streams: bool):
+    def __init__(self, streams: bool, prompt_reading: TextReading | None = None):
         """prompt_reading: a forbidden word may begin in the prompt; None: nothing is filtered."""
-        self.reading = prompt_reading and prompt_reading.copy()
         self.streams = streams
+        self.reading = prompt_reading and prompt_reading.copy()
         self.held: deque[tuple[str, Logprobs | None]] = deque()
         self.num_held = 0  # characters of them
         self.text = ""  # passed, and not given out yet

@@ -1,8 +1,8 @@
 """A model that runs in this process: its tokenizer, and the engine that has its weights."""
 
-import asyncio
 import math
 from collections.abc import AsyncGenerator, Callable
+from collections.abc import Sequence as SequenceOf
 from contextlib import aclosing
 from functools import cached_property
 from typing import Any, Literal
@@ -15,22 +15,26 @@ from backends.base import (
     Backend,
     Client,
     ContextExceeded,
+    Deadline,
     DeadlineExceeded,
     ForbiddenPrompt,
     Generation,
     InvalidField,
     NoChatTemplate,
     TextDelta,
+    check_num_sequences,
     holds_forbidden_word,
-    listed_prompts,
     new_token_budget,
 )
 from backends.logprobs import ChoiceLogprobs, TokenSpelling
+from backends.reader import Pieces, Reader, read_at_once
 from engine import (
     Delta,
     Engine,
     EngineRequest,
     FinishReason,
+    Place,
+    Prompt,
     SamplingParams,
     TextFilter,
     instruction_set,
@@ -43,7 +47,7 @@ class LocalBackend(Backend):
     """A text-generation pipeline, to whose engine its model belongs.
 
     generator: the pipeline; its tokenizer stays while its model is out of memory.
-    content_filter: what prompts must not hold. max_prompts: in one request.
+    content_filter: what prompts must not hold. reader: where long prompts are read.
     log_prompts: called with each request's prompts; None where they are not to be logged.
     """
 
@@ -57,7 +61,7 @@ class LocalBackend(Backend):
         *,
         content_filter: TextFilter,
         request_timeout_seconds: float,
-        max_prompts: int = 256,
+        reader: Reader,
         log_prompts: LogPrompts | None = None,
     ):
         self.name = name
@@ -66,7 +70,7 @@ class LocalBackend(Backend):
         self.engine = engine
         self.content_filter = content_filter
         self.request_timeout_seconds = request_timeout_seconds
-        self.max_prompts = max_prompts
+        self.reader = reader
         self.log_prompts = log_prompts or (lambda prompts: None)
         model = engine.model
         kernel = engine.kernel.name
@@ -146,30 +150,24 @@ class LocalBackend(Backend):
         is_chat: bool = False,
     ) -> Generation:
         self.log_prompts(prompt)
-        written = prompt
-        options = {}
-        if is_chat and self.tokenizer.chat_template:
-            messages = [{"role": "user", "content": prompt}]
-            prompt = self._apply_chat_template("prompt", messages)
-            options = {"add_special_tokens": False}
-        prompt_token_ids = self.tokenizer.backend_tokenizer.encode(prompt, **options).ids
-        self._refuse_forbidden("prompt", written, token_ids=prompt_token_ids)
         if params.top_k > self.vocab_size:
             raise InvalidField("top_k", f"Input should be less than or equal to {self.vocab_size}")
-        num_prompt_tokens = len(prompt_token_ids)
-        sampling = SamplingParams(
-            max_new_tokens=new_token_budget(params, num_prompt_tokens, self.max_model_len),
-            temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=params.top_k,
-            seed=params.seed,
-            stop=tuple(params.stop),
-        )
-        await client.reserve(num_prompt_tokens, num_sequences * sampling.max_new_tokens)
-        request = self.engine.submit(
-            prompt_token_ids, sampling, num_sequences=num_sequences, streams=streams
-        )
-        return LocalGeneration(self, [request])
+        self._check_num_sequences("num_return_sequences", num_sequences)
+        with self.engine.place(client.identity, num_sequences) as place:
+            # Prompts are short here.
+            read = read_at_once(self._text_prompt(prompt, is_chat))
+            num_prompt_tokens = len(read.token_ids)
+            sampling = SamplingParams(
+                max_new_tokens=new_token_budget(params, num_prompt_tokens, self.max_model_len),
+                temperature=params.temperature,
+                top_p=params.top_p,
+                top_k=params.top_k,
+                seed=params.seed,
+                stop=tuple(params.stop),
+            )
+            await client.reserve(num_prompt_tokens, num_sequences * sampling.max_new_tokens)
+            requests = self.engine.submit_all([read], sampling, place=place, streams=streams)
+        return LocalGeneration(self, requests, self._deadline(place))
 
     async def submit_completion(
         self, body: models.CompletionRequest, *, client: Client
@@ -180,29 +178,55 @@ class LocalBackend(Backend):
         sampling = self._sampling_params(
             body, body.max_tokens, num_logprobs, body.logprobs if body.echo else None
         )
-        # In a thread, because prompts may be long here.
-        texts, prompts = await asyncio.to_thread(self._completion_prompts, body)
-        num_new_tokens = len(prompts) * body.num_drawn * body.max_tokens
-        await client.reserve(sum(map(len, prompts)), num_new_tokens)
-        requests = self.engine.submit_all(
-            prompts, sampling, num_sequences=body.num_drawn, streams=body.stream
-        )
+        num_sequences = len(body.prompts) * body.num_drawn
+        self._check_num_sequences("prompt", num_sequences)
+        self._check_sizes(body.prompts, body.max_tokens)
+        with self.engine.place(client.identity, num_sequences) as place:
+            deadline = self._deadline(place)
+            reading = self._completion_prompts(body)
+            texts, prompts = await self.reader.read(client, deadline, body.prompts, reading)
+            num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+            await client.reserve(num_prompt_tokens, num_sequences * body.max_tokens)
+            requests = self.engine.submit_all(prompts, sampling, place=place, streams=body.stream)
         form: LogprobsForm = None if body.logprobs is None else "completion"
-        return LocalGeneration(self, requests, form, echo=texts if body.echo else None)
+        return LocalGeneration(self, requests, deadline, form, echo=texts if body.echo else None)
 
     async def submit_chat(
         self, body: models.ChatCompletionRequest, *, client: Client
     ) -> Generation:
-        # In a thread, because conversations may be long.
-        prompt_token_ids = await asyncio.to_thread(self._chat_prompt, body)
-        max_tokens = body.most_tokens or self.max_model_len - len(prompt_token_ids)
-        num_logprobs = body.top_logprobs if body.logprobs else None
-        sampling = self._sampling_params(body, max_tokens, num_logprobs)
-        await client.reserve(len(prompt_token_ids), body.n * max_tokens)
-        request = self.engine.submit(
-            prompt_token_ids, sampling, num_sequences=body.n, streams=body.stream
-        )
-        return LocalGeneration(self, [request], "chat" if body.logprobs else None)
+        if not self.tokenizer.chat_template:
+            raise NoChatTemplate(self.name)
+        texts = [message.text for message in body.messages]
+        self._check_num_sequences("n", body.n)
+        self._check_sizes(["".join(texts)], body.most_tokens or 1)
+        with self.engine.place(client.identity, body.n) as place:
+            deadline = self._deadline(place)
+            prompt = await self.reader.read(client, deadline, texts, self._chat_prompt(body, texts))
+            num_prompt_tokens = len(prompt.token_ids)
+            max_tokens = body.most_tokens or self.max_model_len - num_prompt_tokens
+            num_logprobs = body.top_logprobs if body.logprobs else None
+            sampling = self._sampling_params(body, max_tokens, num_logprobs)
+            await client.reserve(num_prompt_tokens, body.n * max_tokens)
+            requests = self.engine.submit_all([prompt], sampling, place=place, streams=body.stream)
+        return LocalGeneration(self, requests, deadline, "chat" if body.logprobs else None)
+
+    def _deadline(self, place: Place) -> Deadline:
+        return Deadline(place.arrived_seconds, self.request_timeout_seconds)
+
+    def _check_num_sequences(self, field: str, num_sequences: int) -> None:
+        scheduler = self.engine.scheduler
+        check_num_sequences(field, num_sequences, scheduler.max_num_seqs + scheduler.max_queue_size)
+
+    def _check_sizes(self, prompts: SequenceOf[str | list[int]], max_tokens: int) -> None:
+        """Raises ContextExceeded for prompts that are seen to be too long without reading them:
+        by their token ids, or even if each token was the longest there is."""
+        for prompt in prompts:
+            if not isinstance(prompt, str):
+                self._check_length(len(prompt), max_tokens)
+                continue
+            at_least = math.ceil(len(prompt) / self.longest_token_characters)
+            if at_least > self.max_model_len:
+                self._check_length(at_least, max_tokens)
 
     def _sampling_params(
         self,
@@ -238,40 +262,47 @@ class LocalBackend(Backend):
             seed=body.seed,
         )
 
+    def _text_prompt(self, text: str, is_chat: bool) -> Pieces[Prompt]:
+        """A prompt; is_chat: what a conversation begins with, if the model takes one."""
+        options = {}
+        written = text
+        if is_chat and self.tokenizer.chat_template:
+            text = self._apply_chat_template("prompt", [{"role": "user", "content": text}])
+            options = {"add_special_tokens": False}
+        return (yield from self._prompt("prompt", [written], self._encode(text, **options)))
+
     def _completion_prompts(
         self, body: models.CompletionRequest
-    ) -> tuple[list[str], list[list[int]]]:
-        """The prompts as text and as token ids."""
+    ) -> Pieces[tuple[list[str], list[Prompt]]]:
+        """The prompts as text, and as the engine takes them."""
         texts: list[str] = []
-        prompts_token_ids: list[list[int]] = []
-        for prompt in listed_prompts(body, self.max_prompts):
+        prompts: list[Prompt] = []
+        for prompt in body.prompts:
             if isinstance(prompt, str):
-                text, token_ids = prompt, self._encode(prompt, body.max_tokens)
+                text, token_ids = prompt, self._encode(prompt)
             elif max(prompt) >= self.vocab_size:
                 raise InvalidField("prompt", f"token ids go up to {self.vocab_size - 1}")
             else:
-                self._check_length(len(prompt), body.max_tokens)
                 text, token_ids = self.tokenizer.decode(prompt), prompt
+            self._check_length(len(token_ids), body.max_tokens)
             texts.append(text)
-            prompts_token_ids.append(token_ids)
             self.log_prompts(texts)
-            self._refuse_forbidden("prompt", text, token_ids=token_ids)
-        return texts, prompts_token_ids
+            yield
+            prompts.append((yield from self._prompt("prompt", [text], token_ids)))
+        return texts, prompts
 
-    def _chat_prompt(self, body: models.ChatCompletionRequest) -> list[int]:
-        """The token ids of a conversation, by the model's own template."""
-        if not self.tokenizer.chat_template:
-            raise NoChatTemplate(self.name)
-        texts = [message.text for message in body.messages]
+    def _chat_prompt(self, body: models.ChatCompletionRequest, texts: list[str]) -> Pieces[Prompt]:
+        """A conversation, by the model's own template. texts: of its messages."""
         self.log_prompts(texts)
         messages = [
             {"role": "system" if message.role == "developer" else message.role, "content": text}
             for message, text in zip(body.messages, texts, strict=True)
         ]
         prompt = self._apply_chat_template("messages", messages)
-        token_ids = self._encode(prompt, body.most_tokens or 1, add_special_tokens=False)
-        self._refuse_forbidden("messages", *texts, token_ids=token_ids)
-        return token_ids
+        yield
+        token_ids = self._encode(prompt, add_special_tokens=False)
+        self._check_length(len(token_ids), body.most_tokens or 1)
+        return (yield from self._prompt("messages", texts, token_ids))
 
     def _apply_chat_template(self, field: str, messages: list[dict[str, str]]) -> str:
         """The conversation as the model reads it. Raises InvalidField, whatever the template does,
@@ -287,14 +318,10 @@ class LocalBackend(Backend):
             raise InvalidField(field, reason) from None
         return prompt
 
-    def _encode(self, text: str, max_tokens: int, **options: bool) -> list[int]:
-        """The token ids of text. Raises ContextExceeded, and does so without encoding it when it
-        is too long by its characters alone: a megabyte would hold everybody up for a second."""
-        at_least = math.ceil(len(text) / self.longest_token_characters)
-        if at_least > self.max_model_len:
-            self._check_length(at_least, max_tokens)
-        token_ids: list[int] = self.tokenizer.backend_tokenizer.encode(text, **options).ids
-        self._check_length(len(token_ids), max_tokens)
+    def _encode(self, text: str, **options: bool) -> list[int]:
+        # `encode` would keep Python's lock, and hold everybody up: a megabyte takes half a second.
+        (encoding,) = self.tokenizer.backend_tokenizer.encode_batch_fast([text], **options)
+        token_ids: list[int] = encoding.ids
         return token_ids
 
     def _check_length(self, num_prompt_tokens: int, max_tokens: int) -> None:
@@ -303,12 +330,15 @@ class LocalBackend(Backend):
         if num_prompt_tokens + max_tokens > self.max_model_len:
             raise ContextExceeded(num_prompt_tokens, max_tokens, self.max_model_len)
 
-    def _refuse_forbidden(self, field: str, *texts: str, token_ids: list[int]) -> None:
-        """Looks at a prompt as it was written, and as the model reads it: past a special token
-        in the middle of a word."""
+    def _prompt(self, field: str, texts: list[str], token_ids: list[int]) -> Pieces[Prompt]:
+        """A prompt as the engine takes it. Raises ForbiddenPrompt after a look at it as it was
+        written, and as the model reads it: past a special token in the middle of a word."""
         read = self.tokenizer.decode(token_ids, skip_special_tokens=True)
-        if holds_forbidden_word(self.content_filter, *texts, read):
-            raise ForbiddenPrompt(field)
+        for text in dict.fromkeys([*texts, read]):
+            if holds_forbidden_word(self.content_filter, text):
+                raise ForbiddenPrompt(field)
+            yield
+        return self.engine.read_prompt(token_ids)
 
 
 LogprobsForm = Literal["completion", "chat"] | None
@@ -325,13 +355,14 @@ class LocalGeneration(Generation):
         self,
         backend: LocalBackend,
         requests: list[EngineRequest],
+        deadline: Deadline,
         logprobs_form: LogprobsForm = None,
         echo: list[str] | None = None,
     ):
         self.model_name = backend.name
-        self.request_timeout_seconds = backend.request_timeout_seconds
         self.backend = backend
         self.requests = requests
+        self.deadline = deadline
         self.logprobs_form = logprobs_form
         self.echo = echo
         self._num_completion_tokens = 0
@@ -359,8 +390,8 @@ class LocalGeneration(Generation):
         return {reason for request in self.requests for reason in request.finish_reasons}
 
     async def deltas(self) -> AsyncGenerator[TextDelta]:
-        seconds = self.request_timeout_seconds
-        stream = self.backend.engine.stream(*self.requests, timeout_seconds=seconds)
+        left_seconds = self.deadline.left_seconds
+        stream = self.backend.engine.stream(*self.requests, timeout_seconds=left_seconds)
         begun: set[int] = set()
         try:
             async with aclosing(stream) as deltas:
@@ -368,7 +399,7 @@ class LocalGeneration(Generation):
                     yield self._text_delta(delta, is_first=delta.index not in begun)
                     begun.add(delta.index)
         except TimeoutError:
-            raise DeadlineExceeded(seconds) from None
+            raise DeadlineExceeded(self.deadline.timeout_seconds) from None
 
     def abort(self) -> None:
         self.backend.engine.abort(*self.requests)

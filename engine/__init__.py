@@ -6,7 +6,8 @@ step, a finished one leaves at once (iteration-level scheduling: Orca, Yu et al.
 All engines of a process compute in one thread, a step of each in turn.
 
     event loop                             the computing thread
-    Engine.submit(prompt_token_ids, …) --> Scheduler.waiting (bounded; full = refused at once)
+    Engine.place(client, …)            --> Scheduler.num_queued (bounded; full = refused at once)
+    Engine.submit_all(prompts, …)      --> Scheduler.waiting
                                            Engine.step: schedule    (scheduler.py)
                                                         forward     (model_runner.py, cache.py)
                                                         sample      (sampler.py)
@@ -41,13 +42,16 @@ from engine.request import (
     EngineStoppedError,
     FinishReason,
     InferenceError,
+    Place,
     PositionLogprobs,
+    Prompt,
     QueueFullError,
     SamplingParams,
     StepStats,
     TextFilter,
     TextReading,
 )
+from engine.scheduler import is_within_share
 from engine.threads import available_cores
 
 __all__ = [
@@ -58,7 +62,9 @@ __all__ = [
     "EngineStoppedError",
     "FinishReason",
     "InferenceError",
+    "Place",
     "PositionLogprobs",
+    "Prompt",
     "QueueFullError",
     "SamplingParams",
     "StepStats",
@@ -67,5 +73,6 @@ __all__ = [
     "available_cores",
     "choose_kernel",
     "instruction_set",
+    "is_within_share",
     "native_dtype",
 ]

@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Generator
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,6 +20,8 @@ from engine.request import (
     EngineRequest,
     EngineStoppedError,
     InferenceError,
+    Place,
+    Prompt,
     SamplingParams,
     Sequence,
     StepStats,
@@ -151,18 +153,43 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        return len(self.scheduler.waiting)
+        """Sequences in the queue, those of prompts among them that are still being read."""
+        return self.scheduler.num_waiting
 
     @property
     def is_full(self) -> bool:
-        """Whether a request submitted now would be refused."""
+        """Whether a client that has nothing in the queue would be refused now."""
         with self._lock:
-            return self.scheduler.num_waiting_requests() >= self.scheduler.max_queue_size
+            return not self.scheduler.has_room(1)
 
     @property
     def is_healthy(self) -> bool:
         """False once steps have failed MAX_FAILED_STEPS times in a row, until one succeeds."""
         return self.num_failed_steps < MAX_FAILED_STEPS and not self._is_stopping
+
+    @contextlib.contextmanager
+    def place(self, client: str, num_sequences: int = 1) -> Generator[Place]:
+        """Room in the queue, for which `submit_all` has to come before the end of the block.
+
+        So a request is admitted before its prompts are read, which may take long. client: with
+        whom others share the engine fairly.
+        Raises QueueFullError at once when the queue is full for it, EngineStoppedError after
+        `stop`.
+        """
+        with self._lock:
+            self._refuse_when_stopping()
+            self.scheduler.reserve(client, num_sequences)
+        place = Place(client, num_sequences, time.monotonic())
+        try:
+            yield place
+        finally:
+            if not place.is_taken:
+                with self._lock:
+                    self.scheduler.give_back(client, num_sequences)
+
+    def read_prompt(self, prompt_token_ids: list[int]) -> Prompt:
+        """What `submit_all` takes, in any thread: a long prompt takes long."""
+        return self.output.read_prompt(prompt_token_ids)
 
     def submit(
         self,
@@ -171,39 +198,37 @@ class Engine:
         *,
         num_sequences: int = 1,
         streams: bool = False,
+        client: str = "",
     ) -> EngineRequest:
         """A queued request, whose deltas the running event loop will receive; see `stream`.
 
-        Raises QueueFullError at once when the queue is full, EngineStoppedError after
-        `stop`, and ValueError when the prompt leaves no room for a token.
+        Raises as `place` and `submit_all` do.
         """
-        (request,) = self.submit_all(
-            [prompt_token_ids], params, num_sequences=num_sequences, streams=streams
-        )
+        with self.place(client, num_sequences) as place:
+            prompt = self.read_prompt(prompt_token_ids)
+            (request,) = self.submit_all([prompt], params, place=place, streams=streams)
         return request
 
     def submit_all(
-        self,
-        prompts: list[list[int]],
-        params: SamplingParams,
-        *,
-        num_sequences: int = 1,
-        streams: bool = False,
+        self, prompts: list[Prompt], params: SamplingParams, *, place: Place, streams: bool = False
     ) -> list[EngineRequest]:
-        """A request for each prompt, all queued or none, to be given to one `stream`.
+        """A request for each prompt, all queued, to be given to one `stream`.
 
-        The sequences of prompt i have the indexes i * num_sequences and following. Each
-        prompt is sampled as if it had been submitted alone. Raises as `submit` does.
+        The place's sequences are shared out among the prompts: with two each, those of prompt i
+        have the indexes 2 i and 2 i + 1. Each prompt is sampled as if it had been submitted alone.
+        Raises EngineStoppedError after `stop`, ValueError for a prompt without room for a token.
         """
+        num_sequences = place.num_sequences // len(prompts)
         deltas: asyncio.Queue[Delta | Exception] = asyncio.Queue()
         requests, seqs = [], []
-        for i, prompt_token_ids in enumerate(prompts):
+        for i, prompt in enumerate(prompts):
             request = EngineRequest(
-                prompt_token_ids,
-                params.fitted(len(prompt_token_ids), self.max_model_len),
-                self.output.read_prompt(prompt_token_ids),
+                prompt,
+                params.fitted(len(prompt.token_ids), self.max_model_len),
                 streams,
                 asyncio.get_running_loop(),
+                client=place.client,
+                arrived_seconds=place.arrived_seconds,
                 num_sequences=num_sequences,
                 first_index=i * num_sequences,
                 deltas=deltas,
@@ -211,9 +236,9 @@ class Engine:
             requests.append(request)
             seqs += request.new_sequences()
         with self._lock:
-            if self._is_stopping:
-                raise EngineStoppedError("the engine was stopped")
+            self._refuse_when_stopping()
             self.scheduler.add(seqs)
+            place.is_taken = True
             self.last_request_id = requests[-1].id
             self._wake()
             is_needed = not self.is_loaded or self._unload_before_id < math.inf
@@ -266,6 +291,10 @@ class Engine:
             self._is_stopping = True
         self._computing_thread.submit(self._end).result()
 
+    def _refuse_when_stopping(self) -> None:
+        if self._is_stopping:
+            raise EngineStoppedError("the engine was stopped")
+
     def _wake(self) -> None:
         """Gives the engine a turn, unless it has one. Under the lock."""
         if not self._turn_pending:
@@ -279,7 +308,9 @@ class Engine:
         """One step, if there is anything to do; then the other engines have their turns."""
         try:
             self._remove_aborted()
-            if self._can_step():
+            with self._lock:
+                can_step = self._can_step()
+            if can_step:
                 self.step()
                 self.num_failed_steps = 0
             elif self.is_loaded and self.num_failed_steps >= MAX_FAILED_STEPS:
@@ -301,11 +332,11 @@ class Engine:
                 pause.start()
 
     def _can_step(self) -> bool:
+        """Under the lock."""
         if not self.is_healthy or not self.is_loaded:
             return False
-        waiting = self.scheduler.waiting
-        may_admit = bool(waiting) and waiting[0].request.id < self._unload_before_id
-        return may_admit or bool(self.scheduler.running)
+        scheduler = self.scheduler
+        return bool(scheduler.running) or scheduler.has_waiting(self._unload_before_id)
 
     def step(self) -> None:
         """Everyone running gains a token, or gives some back to the filter."""

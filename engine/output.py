@@ -5,7 +5,7 @@ from bisect import bisect_right
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
-from engine.request import Delta, FinishReason, Sequence, TextFilter, TextReading
+from engine.request import Delta, FinishReason, Prompt, Sequence, TextFilter, TextReading
 
 CONTEXT_TOKENS = 32  # so many of the prompt's last tokens tell the decoder how to begin
 MAX_ROLLBACKS = 8  # that a sequence may have, and one more for each of its tokens
@@ -29,12 +29,12 @@ class OutputProcessor:
         self.eos_token_ids = eos_token_ids
         self.num_rollbacks = 0
 
-    def read_prompt(self, prompt_token_ids: list[int]) -> TextReading | None:
-        """What the filter has read before the first token; None without a filter."""
+    def read_prompt(self, prompt_token_ids: list[int]) -> Prompt:
+        """The prompt, and what the filter has read before the first token."""
         if not self.text_filter:
-            return None
+            return Prompt(prompt_token_ids, None)
         text: str = self.tokenizer.decode(prompt_token_ids, skip_special_tokens=True)
-        return self.text_filter.read(text)
+        return Prompt(prompt_token_ids, self.text_filter.read(text))
 
     def append(self, seq: Sequence, token_id: int) -> Delta | None:
         """What the client gains by this token: text that nothing to come can take back."""

@@ -8,11 +8,10 @@ import asyncio
 import enum
 import itertools
 import random
-import time
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from tokenizers.decoders import DecodeStream
@@ -153,6 +152,23 @@ class TextReading(Protocol):
         """One that can be read on by itself."""
 
 
+class Prompt(NamedTuple):
+    """A prompt as the engine needs it; made by `Engine.read_prompt`."""
+
+    token_ids: list[int]
+    reading: TextReading | None  # a forbidden word may begin in it; None: nothing is filtered
+
+
+@dataclass(slots=True)
+class Place:
+    """Room in the queue for one client's request, from its arrival on; see `Engine.place`."""
+
+    client: str
+    num_sequences: int
+    arrived_seconds: float  # on time.monotonic
+    is_taken: bool = False  # by requests, which the queue counts from then on
+
+
 class Status(enum.Enum):
     WAITING = enum.auto()
     RUNNING = enum.auto()
@@ -166,23 +182,24 @@ class EngineRequest:
 
     def __init__(
         self,
-        prompt_token_ids: list[int],
+        prompt: Prompt,
         params: SamplingParams,
-        reading: TextReading | None,
         streams: bool,
         loop: asyncio.AbstractEventLoop,
         *,
+        client: str = "",
+        arrived_seconds: float = 0.0,
         num_sequences: int = 1,
         first_index: int = 0,
         deltas: asyncio.Queue[Delta | Exception] | None = None,
     ):
         self.id = next(self.ids)
-        self.prompt_token_ids = prompt_token_ids
+        self.prompt_token_ids, self.reading = prompt
         self.params = params
-        self.reading = reading  # of the prompt: a forbidden word may begin in it
+        self.client = client  # whoever shares rows and queue with others
         self.streams = streams  # False: each sequence has one delta, its last
         self.is_aborted = False
-        self.arrived_seconds = time.monotonic()
+        self.arrived_seconds = arrived_seconds
         self.queue_seconds: float | None = None  # how long it waited; None while it does
         self.num_generated_tokens = 0  # by all its sequences, without what was rolled back
         self.finish_reasons: set[FinishReason] = set()  # those of its sequences that have finished

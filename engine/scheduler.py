@@ -1,43 +1,79 @@
 """Who runs in the next step: integers only, no tensors."""
 
-import itertools
 import math
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
 from engine.request import QueueFullError, Sequence, Status
 
 SHORT_PROMPT_TOKENS = 32  # prompts up to here share a step with the batch; longer ones run alone
+MOST_FOR_EACH_FREE = 7  # of something that is shared a client has at most so many for each free one
+BRIEF_TOKENS = 64  # who generates no more than so many frees its row soon
+
+
+def is_within_share(num_own: int, num_free: int) -> bool:
+    """Whether a client that has so many may take one more: seven eighths are for one client, and
+    less for each of several, so that whoever comes next finds one free."""
+    return num_own < MOST_FOR_EACH_FREE * num_free
 
 
 class Scheduler:
-    """First come, first served.
+    """Shares rows and queue among clients; of each client, first come, first served.
 
     `running[i]` owns row i of the cache: rows 0 … num_running-1 are always the running
     ones, because the last row moves into the hole that a finished sequence leaves.
+
+    Rows: a free one goes to the client that has the fewest, in turns where several do. Beyond
+    `is_within_share` a client gets rows for brief sequences alone: so a newcomer finds one free,
+    or one that soon will be.
+
+    Queue: counted in sequences for which no row is free, those of `reserve` among them. A client
+    may have as many as places are left then, of twice max_queue_size: max_queue_size if it is
+    alone, half of the rest if another one has so many already.
     """
 
     def __init__(self, max_num_seqs: int, max_queue_size: int):
         self.max_num_seqs = max_num_seqs
         self.max_queue_size = max_queue_size
-        self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.waiting: dict[str, deque[Sequence]] = {}  # by client, who was served last at the end
+        self.num_queued: Counter[str | None] = Counter()  # of each client: reserved and waiting
 
     @property
     def is_finished(self) -> bool:
         return not self.waiting and not self.running
 
-    def num_waiting_requests(self, new: SequenceOf[Sequence] = ()) -> int:
-        """Of those in the queue, with `new` at its end, for which no place is free."""
+    @property
+    def num_waiting(self) -> int:
+        return self.num_queued.total()
+
+    def has_room(self, num_sequences: int, client: str | None = None) -> bool:
+        """Whether the queue takes so many more of a client; None: of one that has none in it."""
         num_free = self.max_num_seqs - len(self.running)
-        beyond = itertools.islice(itertools.chain(self.waiting, new), max(0, num_free), None)
-        return len({seq.request.id for seq in beyond})
+        num_own = max(0, self.num_queued[client] + num_sequences - num_free)
+        num_all = max(0, self.num_waiting + num_sequences - num_free)
+        return num_own <= 2 * self.max_queue_size - num_all
+
+    def reserve(self, client: str, num_sequences: int) -> None:
+        """Counts so many sequences as waiting. Raises QueueFullError, then counts none."""
+        if not self.has_room(num_sequences, client):
+            raise QueueFullError("too many sequences are waiting already")
+        self.num_queued[client] += num_sequences
+
+    def give_back(self, client: str, num_sequences: int) -> None:
+        """Counts so many no more: reserved ones that do not come, or what has left the queue."""
+        self.num_queued[client] -= num_sequences
+        if not self.num_queued[client]:
+            del self.num_queued[client]
 
     def add(self, seqs: SequenceOf[Sequence]) -> None:
-        """Queues the sequences of one or more requests. Raises QueueFullError, then queues none."""
-        if self.num_waiting_requests(seqs) > self.max_queue_size:
-            raise QueueFullError(f"{self.max_queue_size} requests are waiting already")
-        self.waiting.extend(seqs)
+        """Queues sequences of one client, for which it has reserved places."""
+        self.waiting.setdefault(seqs[0].request.client, deque()).extend(seqs)
+
+    def has_waiting(self, before_id: float = math.inf) -> bool:
+        """Whether a request with a lower id waits."""
+        return any(queue[0].request.id < before_id for queue in self.waiting.values())
 
     def schedule(self, end_id: float = math.inf) -> list[Sequence]:
         """Moves waiting sequences to free rows and returns them, in row order; of requests with
@@ -45,34 +81,57 @@ class Scheduler:
 
         One step takes prompts of SHORT_PROMPT_TOKENS together, or one longer prompt, so
         that the running ones never wait for more than one prompt. Sequences that share a
-        prompt count once.
+        prompt count once, and run together where rows are free.
         """
         admitted: list[Sequence] = []
         budget_tokens = SHORT_PROMPT_TOKENS
-        while self.waiting and len(self.running) < self.max_num_seqs:
-            seq = self.waiting[0]
-            if seq.request.id >= end_id:
+        num_rows = Counter(seq.request.client for seq in self.running)
+        while clients := [each for each in self.waiting if self._may_run(each, num_rows, end_id)]:
+            client = min(clients, key=num_rows.__getitem__)
+            queue = self.waiting[client]
+            request = queue[0].request
+            budget_tokens -= request.num_prompt_tokens
+            if admitted and budget_tokens < 0:
                 break
-            if not admitted or admitted[-1].request is not seq.request:
-                budget_tokens -= len(seq.request.prompt_token_ids)
-                if admitted and budget_tokens < 0:
-                    break
-            self.waiting.popleft()
-            seq.status = Status.RUNNING
-            self.running.append(seq)
-            admitted.append(seq)
+            while queue and queue[0].request is request and self._may_run(client, num_rows, end_id):
+                seq = queue.popleft()
+                seq.status = Status.RUNNING
+                self.running.append(seq)
+                admitted.append(seq)
+                num_rows[client] += 1
+                self.give_back(client, 1)
+            del self.waiting[client]
+            if queue:
+                self.waiting[client] = queue
         return admitted
+
+    def _may_run(self, client: str, num_rows: Counter[str], end_id: float) -> bool:
+        num_free = self.max_num_seqs - len(self.running)
+        seq = self.waiting[client][0]
+        if num_free <= 0 or seq.request.id >= end_id:
+            return False
+        is_brief = seq.params.max_new_tokens <= BRIEF_TOKENS
+        return is_brief or is_within_share(num_rows[client], num_free)
 
     def take_waiting(self, before_id: float = math.inf) -> list[Sequence]:
         """Takes those of requests with lower ids out of the queue, and returns them."""
-        taken = [seq for seq in self.waiting if seq.request.id < before_id]
-        self.waiting = deque(seq for seq in self.waiting if seq.request.id >= before_id)
-        return taken
+        return self._take(lambda seq: seq.request.id < before_id)
 
     def drop_aborted(self) -> None:
         """Takes those out of the queue whose client has gone."""
-        if any(seq.request.is_aborted for seq in self.waiting):
-            self.waiting = deque(seq for seq in self.waiting if not seq.request.is_aborted)
+        self._take(lambda seq: seq.request.is_aborted)
+
+    def _take(self, is_taken: Callable[[Sequence], bool]) -> list[Sequence]:
+        taken = [seq for queue in self.waiting.values() for seq in queue if is_taken(seq)]
+        for client in {seq.request.client for seq in taken}:
+            queue = self.waiting[client]
+            kept = deque(seq for seq in queue if not is_taken(seq))
+            self.give_back(client, len(queue) - len(kept))
+            if kept:
+                self.waiting[client] = kept
+            else:
+                del self.waiting[client]
+        return taken
 
     def finish(self, seq: Sequence) -> tuple[int, int] | None:
         """Frees the sequence's row; (from, to) when the last row must move into it."""

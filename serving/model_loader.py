@@ -13,6 +13,7 @@ import torch
 
 from backends.external import ExternalBackend
 from backends.local import LocalBackend
+from backends.reader import Reader
 from backends.upstream import Upstream
 from engine import Engine, available_cores, choose_kernel, native_dtype
 from serving.content_filter import ContentFilter
@@ -76,6 +77,7 @@ class ModelLoader:
         self.on_model_needed = on_model_needed
         self.text_filter = content_filter if settings.filter_output else None
         self.log_prompts = log_prompts if settings.log_prompts else None
+        self.reader = Reader()
         self.num_threads = choose_num_threads(settings)
 
     def load_local(self, name: str, source: str) -> LocalBackend:
@@ -101,7 +103,7 @@ class ModelLoader:
             engine,
             content_filter=self.content_filter,
             request_timeout_seconds=settings.request_timeout_seconds,
-            max_prompts=settings.max_queue_size,
+            reader=self.reader,
             log_prompts=self.log_prompts,
         )
         metrics.watch(backend)
@@ -153,7 +155,8 @@ class ModelLoader:
             content_filter=self.content_filter,
             text_filter=self.text_filter,
             request_timeout_seconds=settings.request_timeout_seconds,
-            max_prompts=settings.max_queue_size,
+            reader=self.reader,
+            max_num_sequences=settings.max_num_seqs + settings.max_queue_size,
             request_id=request_id.get,
             on_step=metrics.observe,
             log_prompts=self.log_prompts,

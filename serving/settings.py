@@ -55,7 +55,10 @@ class Settings(BaseSettings):
         default=64, ge=1, le=1024, description="Sequences that are generated at the same time."
     )
     max_queue_size: int = Field(
-        default=256, ge=1, description="Requests that may wait; one more is answered 503."
+        default=256,
+        ge=1,
+        description="Sequences of one client that may wait, and twice as many of all clients; one "
+        "more is answered 503.",
     )
     max_model_len: int | None = Field(
         default=None,

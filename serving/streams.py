@@ -98,7 +98,7 @@ class GenerationStream(Response):
         sending = asyncio.create_task(self.send_chunks(send))
         gone = asyncio.create_task(client_gone(receive))
         pinging = asyncio.create_task(self.send_pings(send))
-        timeout_seconds = self.generation.request_timeout_seconds + LAST_WORDS_SECONDS
+        timeout_seconds = self.generation.deadline.left_seconds + LAST_WORDS_SECONDS
         try:
             await asyncio.wait(
                 {sending, gone}, return_when=asyncio.FIRST_COMPLETED, timeout=timeout_seconds

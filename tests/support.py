@@ -27,7 +27,7 @@ from fastapi.testclient import TestClient
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from engine import Delta, Engine, EngineRequest, SamplingParams, TextReading
+from engine import Delta, Engine, EngineRequest, Prompt, SamplingParams, TextReading
 from engine.request import Sequence
 
 ROOT = Path(__file__).parent.parent
@@ -258,9 +258,11 @@ def sequences(
     seed: int = 0,
     streams: bool = False,
     reading: TextReading | None = None,
+    client: str = "",
 ) -> list[Sequence]:
     """The sequences of one request, as the engine makes them."""
-    request = EngineRequest(prompt or [1], params, reading, streams, loop=None)
+    read = Prompt(prompt or [1], reading)
+    request = EngineRequest(read, params, streams, loop=None, client=client)
     seqs = [Sequence(request, index, seed) for index in range(count)]
     for seq in seqs:
         seq.output_token_ids += output

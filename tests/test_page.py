@@ -571,7 +571,7 @@ def test_error_busy_counts_down_and_tries_again(
     monkeypatch.setattr(main.engine.scheduler, "max_num_seqs", 1)
     monkeypatch.setattr(main.engine.scheduler, "max_queue_size", 1)
     page = visit(link(max_tokens=5), refused=True)
-    hog = {"prompt": PROMPT, "n": 8, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    hog = {"prompt": PROMPT, "n": 2, "max_tokens": 400, "ignore_eos": True, "stream": True}
     notice = page.locator(".pane .notice")
     with stream(address, hog, "/v1/completions"):
         press(page, "Generate")

@@ -178,7 +178,7 @@ async def read_streams(
 
 def test_numbers_agree_with_the_settings() -> None:
     settings = {name: field.default for name, field in Settings.model_fields.items()}
-    admitted = settings["max_num_seqs"] + settings["max_queue_size"]
+    admitted = settings["max_num_seqs"] + 2 * settings["max_queue_size"]
     assert OPTIONS["max_ongoing_requests"] > admitted
     assert OPTIONS["autoscaling_config"]["target_ongoing_requests"] < settings["max_num_seqs"]
     assert OPTIONS["graceful_shutdown_timeout_s"] == settings["drain_timeout_seconds"]
@@ -190,7 +190,7 @@ def test_health_check_fails_with_the_engine_and_not_with_a_full_queue(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     replica = importlib.import_module("ray_serve").Replica()
-    monkeypatch.setattr(main.engine.scheduler, "max_queue_size", 0)
+    monkeypatch.setattr(main.engine.scheduler, "has_room", lambda num_sequences: False)
     assert main.engine.is_full
     replica.check_health()
     monkeypatch.setattr(main.engine, "num_failed_steps", 3)

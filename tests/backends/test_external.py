@@ -409,9 +409,9 @@ def test_without_upstreams_key_the_model_fails(
 
 
 def test_full_upstream_is_a_503(client: httpx.Client, upstream: Upstream) -> None:
-    body = {**LONG, "stream": True}
     with ExitStack() as open_streams:
-        for _ in range(3):  # eight sequences run, two requests wait
+        for n in (8, 2):  # eight sequences run, two wait
+            body = {**LONG, "n": n, "stream": True}
             open_streams.enter_context(client.stream("POST", "/v1/completions", json=body))
         answer = client.post("/generate", json={"prompt": PROMPT})
     assert (answer.status_code, answer.json()) == (503, {"detail": BUSY})
@@ -428,6 +428,22 @@ def test_so_many_requests_are_open_at_once_and_no_more(upstream: Upstream) -> No
         answer = client.post("/generate", json={"prompt": PROMPT})
         assert (answer.status_code, answer.json()) == (503, {"detail": OVERLOADED})
         assert client.get("/ready").status_code == 503
+
+
+def test_one_client_leaves_requests_for_others(upstream: Upstream) -> None:
+    """One client had all requests that may be open at a time."""
+    engine = connected(upstream.service.address, max_num_seqs=1, max_queue_size=8)
+    body = {"prompt": PROMPT, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with in_front(engine) as client, ExitStack() as open_streams:
+
+        def ask(from_address: str) -> int:
+            headers = {"X-Forwarded-For": from_address}
+            answer = client.stream("POST", "/v1/completions", json=body, headers=headers)
+            return open_streams.enter_context(answer).status_code
+
+        assert [ask("10.0.0.1") for _ in range(9)] == [200] * 8 + [503]
+        assert client.get("/ready").status_code == 200
+        assert [ask("10.0.0.2"), ask("10.0.0.3")] == [200, 503]
 
 
 # --- The filter on what upstream says -----------------------------------------------------------

@@ -322,15 +322,17 @@ def test_full_queue_refuses_at_once(small_engine: Engine) -> None:
         params = SamplingParams(max_new_tokens=40, ignore_eos=True)
         running = small_engine.submit(ids(PROMPT), params, num_sequences=2)
         await until(lambda: small_engine.num_running == 2)
-        waiting = [small_engine.submit([1], BRIEF, num_sequences=4) for _ in range(2)]
-        assert small_engine.is_full
+        waiting = [small_engine.submit([1], BRIEF, num_sequences=2)]
         with pytest.raises(QueueFullError):
             small_engine.submit(ids(PROMPT), ENDLESS)
-        assert small_engine.num_waiting == 8
+        assert not small_engine.is_full  # for another client
+        waiting.append(small_engine.submit([1], BRIEF, client="another"))
+        assert small_engine.is_full
+        assert small_engine.num_waiting == 3
         return [await complete(small_engine, r) for r in (running, *waiting)]
 
     (got,) = run(overload())
-    assert [len(deltas) for deltas in got] == [2, 4, 4]
+    assert [len(deltas) for deltas in got] == [2, 2, 1]
     assert not small_engine.is_full
 
 

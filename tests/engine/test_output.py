@@ -29,7 +29,7 @@ def sequence(
     words: str = "", *, prompt: str = PROMPT, streams: bool = True, **params: Any
 ) -> Sequence:
     """One with its prompt, which the filter of these words has read."""
-    reading = processor(words).read_prompt(ids(prompt))
+    _, reading = processor(words).read_prompt(ids(prompt))
     (seq,) = sequences(
         SamplingParams(**params), prompt=ids(prompt), streams=streams, reading=reading
     )
@@ -214,8 +214,8 @@ def test_stop_string_before_min_tokens_does_not_count(stop: tuple[str, ...]) -> 
 
 def test_prompt_is_read_for_the_filter_alone() -> None:
     prompt = ids("There was no vio")
-    assert processor().read_prompt(prompt) is None
-    reading = processor("violence").read_prompt(prompt)
+    assert processor().read_prompt(prompt) == (prompt, None)
+    _, reading = processor("violence").read_prompt(prompt)
     assert reading
     assert reading.scan(None, final=False) == (None, len("There was no "))
 

@@ -2,58 +2,93 @@
 
 import pytest
 
-from engine import QueueFullError
+from engine import QueueFullError, SamplingParams
 from engine.request import Sequence, Status
-from engine.scheduler import SHORT_PROMPT_TOKENS, Scheduler
+from engine.scheduler import BRIEF_TOKENS, SHORT_PROMPT_TOKENS, Scheduler
 from tests.support import sequences
+
+BRIEF = SamplingParams(max_new_tokens=BRIEF_TOKENS)
+LONG = SamplingParams(max_new_tokens=BRIEF_TOKENS + 1)
 
 
 def prompts(*lengths: int) -> list[Sequence]:
     return [seq for n in lengths for seq in sequences(prompt=[1] * n)]
 
 
+def add(scheduler: Scheduler, seqs: list[Sequence]) -> None:
+    """As the engine queues the sequences of a request."""
+    scheduler.reserve(seqs[0].request.client, len(seqs))
+    scheduler.add(seqs)
+
+
+def fill(scheduler: Scheduler, client: str) -> int:
+    """Queues sequences of a client until one is refused; how many were not."""
+    for count in range(1000):
+        try:
+            add(scheduler, sequences(client=client))
+        except QueueFullError:
+            return count
+    raise AssertionError("it takes any number")
+
+
+def clients_of(seqs: list[Sequence]) -> str:
+    return "".join(seq.request.client for seq in seqs)
+
+
 def test_scheduler_first_come_first_served() -> None:
     scheduler = Scheduler(max_num_seqs=2, max_queue_size=9)
     seqs = prompts(1, 1, 1)
     for seq in seqs:
-        scheduler.add([seq])
+        add(scheduler, [seq])
     assert scheduler.schedule() == seqs[:2] == scheduler.running
     assert [seq.status for seq in seqs] == [Status.RUNNING, Status.RUNNING, Status.WAITING]
 
 
 def test_scheduler_full_queue_refuses_at_once_and_queues_nothing() -> None:
-    scheduler = Scheduler(max_num_seqs=2, max_queue_size=2)
-    scheduler.add(sequences(count=3))
-    scheduler.add(sequences(count=3))
+    scheduler = Scheduler(max_num_seqs=2, max_queue_size=4)
+    add(scheduler, sequences(count=3))
     with pytest.raises(QueueFullError):
-        scheduler.add(sequences(count=2))
-    assert len(scheduler.waiting) == 6
-    assert scheduler.num_waiting_requests() == 2
+        add(scheduler, sequences(count=4))
+    add(scheduler, sequences(count=3))
+    with pytest.raises(QueueFullError):
+        add(scheduler, sequences())
+    assert scheduler.num_waiting == 6
+
+
+def test_scheduler_counts_a_place_until_it_is_given_back() -> None:
+    scheduler = Scheduler(max_num_seqs=1, max_queue_size=1)
+    scheduler.reserve("a", 2)
+    assert scheduler.schedule() == []
+    with pytest.raises(QueueFullError):
+        scheduler.reserve("a", 1)
+    scheduler.give_back("a", 2)
+    assert scheduler.num_waiting == 0
+    scheduler.reserve("a", 1)
 
 
 def test_scheduler_accepts_again_after_admission() -> None:
     scheduler = Scheduler(max_num_seqs=1, max_queue_size=1)
-    scheduler.add(sequences())
+    add(scheduler, sequences())
     scheduler.schedule()
-    scheduler.add(sequences())
-    assert scheduler.num_waiting_requests() == 1
+    add(scheduler, sequences())
+    assert scheduler.num_waiting == 1
 
 
 def test_scheduler_free_places_are_no_queue() -> None:
     """A burst was refused although there were places for it."""
     scheduler = Scheduler(max_num_seqs=3, max_queue_size=1)
     for _ in range(4):
-        scheduler.add(sequences())
+        add(scheduler, sequences())
     with pytest.raises(QueueFullError):
-        scheduler.add(sequences())
-    assert len(scheduler.waiting) == 4
+        add(scheduler, sequences())
+    assert scheduler.num_waiting == 4
 
 
 def test_scheduler_short_prompts_join_together() -> None:
     scheduler = Scheduler(max_num_seqs=9, max_queue_size=9)
     half = SHORT_PROMPT_TOKENS // 2
     for seq in prompts(half, half, half):
-        scheduler.add([seq])
+        add(scheduler, [seq])
     assert [len(scheduler.schedule()) for _ in range(3)] == [2, 1, 0]
 
 
@@ -62,21 +97,21 @@ def test_scheduler_long_prompt_joins_alone(lengths: tuple[int, ...]) -> None:
     scheduler = Scheduler(max_num_seqs=9, max_queue_size=9)
     seqs = prompts(*lengths)
     for seq in seqs:
-        scheduler.add([seq])
+        add(scheduler, [seq])
     assert [scheduler.schedule() for _ in seqs] == [[seq] for seq in seqs]
 
 
 def test_scheduler_sequences_of_one_request_count_once() -> None:
     scheduler = Scheduler(max_num_seqs=9, max_queue_size=9)
-    scheduler.add(sequences(prompt=[1] * 99, count=4))
-    scheduler.add(sequences())
+    add(scheduler, sequences(prompt=[1] * 99, count=4))
+    add(scheduler, sequences())
     assert [len(scheduler.schedule()) for _ in range(2)] == [4, 1]
 
 
 def test_scheduler_sequences_of_one_request_wait_for_places_apart() -> None:
     scheduler = Scheduler(max_num_seqs=3, max_queue_size=9)
     seqs = sequences(count=4)
-    scheduler.add(seqs)
+    add(scheduler, seqs)
     assert scheduler.schedule() == seqs[:3]
     assert scheduler.schedule() == []
     scheduler.finish(seqs[0])
@@ -88,7 +123,7 @@ def test_scheduler_admits_only_requests_before_an_id() -> None:
     scheduler = Scheduler(max_num_seqs=9, max_queue_size=9)
     seqs = prompts(1, 1, 1)
     for seq in seqs:
-        scheduler.add([seq])
+        add(scheduler, [seq])
     assert scheduler.schedule(end_id=seqs[1].request.id) == seqs[:1]
     assert scheduler.schedule() == seqs[1:]
 
@@ -97,10 +132,11 @@ def test_scheduler_takes_out_what_waits() -> None:
     scheduler = Scheduler(max_num_seqs=1, max_queue_size=9)
     seqs = prompts(1, 1, 1, 1)
     for seq in seqs:
-        scheduler.add([seq])
+        add(scheduler, [seq])
     scheduler.schedule()
     assert scheduler.take_waiting(before_id=seqs[2].request.id) == seqs[1:2]
     assert scheduler.take_waiting() == seqs[2:]
+    assert scheduler.num_waiting == 0
     assert not scheduler.waiting
     assert scheduler.running == seqs[:1]
 
@@ -109,16 +145,106 @@ def test_scheduler_drops_what_was_aborted() -> None:
     scheduler = Scheduler(max_num_seqs=1, max_queue_size=9)
     first, second, third = (sequences(count=2) for _ in range(3))
     for seqs in (first, second, third):
-        scheduler.add(seqs)
+        add(scheduler, seqs)
     second[0].request.is_aborted = True
     scheduler.drop_aborted()
-    assert list(scheduler.waiting) == first + third
+    assert scheduler.num_waiting == 4
+    assert scheduler.take_waiting() == first + third
+
+
+# --- Several clients ------------------------------------------------------------------------------
+
+
+def test_scheduler_full_queue_of_one_client_takes_another() -> None:
+    """One client with many prompts held the queue: everybody else was refused."""
+    scheduler = Scheduler(max_num_seqs=1, max_queue_size=8)
+    add(scheduler, sequences(client="a"))
+    scheduler.schedule()
+    assert fill(scheduler, "a") == 8
+    assert fill(scheduler, "b") == 4
+    assert fill(scheduler, "c") == 2
+    assert scheduler.has_room(1)
+    add(scheduler, sequences(client="d"))
+    assert not scheduler.has_room(1)
+    assert scheduler.num_waiting < 2 * 8
+
+
+def test_scheduler_share_of_the_queue_is_of_what_waits_now() -> None:
+    """Once others wait, a client that had all of the queue gets no more until it has its share."""
+    scheduler = Scheduler(max_num_seqs=1, max_queue_size=6)
+    add(scheduler, sequences(client="a"))
+    scheduler.schedule()
+    assert (fill(scheduler, "a"), fill(scheduler, "b")) == (6, 3)
+    scheduler.give_back("a", 3)
+    assert (fill(scheduler, "a"), fill(scheduler, "b")) == (1, 1)
+
+
+def test_scheduler_serves_clients_in_turns() -> None:
+    """A newcomer waited for all that another client had queued before."""
+    scheduler = Scheduler(max_num_seqs=1, max_queue_size=9)
+    for client in "aaabbc":
+        add(scheduler, sequences(client=client))
+    order = ""
+    while not scheduler.is_finished:
+        (seq,) = scheduler.schedule()
+        order += seq.request.client
+        scheduler.finish(seq)
+    assert order == "abcaba"
+
+
+def test_scheduler_row_goes_to_whoever_has_fewest() -> None:
+    scheduler = Scheduler(max_num_seqs=8, max_queue_size=99)
+    add(scheduler, sequences(client="a", count=20))
+    a = scheduler.schedule()
+    assert clients_of(a) == "a" * 8
+    for _ in range(8):
+        add(scheduler, sequences(client="b"))
+    for seq in a[:5]:
+        scheduler.finish(seq)
+    assert clients_of(scheduler.schedule()) == "bbbaa"  # has three rows, as the other one then
+
+
+def test_scheduler_keeps_rows_for_newcomers() -> None:
+    """All rows were one client's for as long as its texts were long."""
+    scheduler = Scheduler(max_num_seqs=64, max_queue_size=99)
+    add(scheduler, sequences(LONG, client="a", count=99))
+    assert len(scheduler.schedule()) == 56
+    add(scheduler, sequences(LONG, client="b", count=9))
+    assert clients_of(scheduler.schedule()) == "bbbbbbb"
+    add(scheduler, sequences(LONG, client="c"))
+    assert clients_of(scheduler.schedule()) == "c"
+
+
+def test_scheduler_gives_all_rows_to_who_frees_them_soon() -> None:
+    scheduler = Scheduler(max_num_seqs=64, max_queue_size=99)
+    add(scheduler, sequences(BRIEF, client="a", count=99))
+    assert len(scheduler.schedule()) == 64
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 2, 7])
+def test_scheduler_few_rows_are_all_used(max_num_seqs: int) -> None:
+    scheduler = Scheduler(max_num_seqs, max_queue_size=99)
+    for client in "ba":
+        add(scheduler, sequences(LONG, client=client, count=9))
+    assert len(scheduler.schedule()) == max_num_seqs
+
+
+def test_scheduler_request_before_an_id_runs_past_clients_whose_requests_are_not() -> None:
+    scheduler = Scheduler(max_num_seqs=9, max_queue_size=9)
+    older, newer = sequences(client="a"), sequences(client="b")
+    for seqs in (newer, older):
+        add(scheduler, seqs)
+    end_id = newer[0].request.id
+    assert scheduler.has_waiting(end_id)
+    assert scheduler.schedule(end_id) == older
+    assert not scheduler.has_waiting(end_id)
+    assert scheduler.has_waiting()
 
 
 def test_scheduler_finish_moves_last_row_into_the_hole() -> None:
     scheduler = Scheduler(max_num_seqs=4, max_queue_size=9)
     a, b, c, d = seqs = sequences(count=4)
-    scheduler.add(seqs)
+    add(scheduler, seqs)
     scheduler.schedule()
     assert scheduler.finish(b) == (3, 1)
     assert scheduler.running == [a, d, c]
@@ -131,7 +257,7 @@ def test_scheduler_is_finished() -> None:
     scheduler = Scheduler(max_num_seqs=1, max_queue_size=9)
     assert scheduler.is_finished
     (seq,) = sequences()
-    scheduler.add([seq])
+    add(scheduler, [seq])
     assert not scheduler.is_finished
     scheduler.schedule()
     assert not scheduler.is_finished

@@ -17,6 +17,7 @@ from fastapi.testclient import TestClient
 
 import main
 from backends.local import LocalBackend
+from backends.reader import Reader
 from serving.logs import USAGE_COLUMNS, JsonLines, LineQueue, TextFormatter, UsageFile
 from serving.model_loader import ModelLoader
 from tests.support import FOLDER, NAME, PROMPT, ROOT, Served, fail, served, wait_until
@@ -85,6 +86,7 @@ def test_log_has_prompts_only_when_asked(
             main.engine,
             content_filter=main.content_filter,
             request_timeout_seconds=60,
+            reader=Reader(),
             log_prompts=ModelLoader(settings, main.content_filter, fail, fail).log_prompts,
         )
         monkeypatch.setitem(main.registry.backends, NAME, backend)

@@ -11,7 +11,8 @@ import openai
 import pytest
 from fastapi.testclient import TestClient
 
-from backends.external import Deadline, ExternalGeneration
+from backends.base import Client, Deadline
+from backends.external import ExternalGeneration
 from backends.upstream import UpstreamUsage
 from engine import QueueFullError
 from serving import counts, logs
@@ -204,7 +205,7 @@ def test_cost_that_another_server_counts(usage: tuple[int, int] | None, left: in
     """More than was reckoned with is charged; a prompt that it has not counted stays so."""
 
     async def reserve() -> None:
-        generation = ExternalGeneration("big", [], Deadline(time.monotonic(), 60))
+        generation = ExternalGeneration("big", [], Client("a"), Deadline(time.monotonic(), 60))
         if usage:
             generation.usage = UpstreamUsage(prompt_tokens=usage[0], completion_tokens=usage[1])
         logs.request_facts.set({"generations": [generation]})

@@ -70,9 +70,13 @@ def crowded(slow: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def client(address: str) -> AsyncIterator[httpx.AsyncClient]:
+async def client(address: str, from_address: str = "127.0.0.1") -> AsyncIterator[httpx.AsyncClient]:
+    """from_address: as a proxy would tell it."""
     limits = httpx.Limits(max_connections=200)
-    async with httpx.AsyncClient(base_url=address, timeout=60, limits=limits) as made:
+    headers = {"X-Forwarded-For": from_address}
+    async with httpx.AsyncClient(
+        base_url=address, timeout=60, limits=limits, headers=headers
+    ) as made:
         yield made
 
 
@@ -283,18 +287,23 @@ def test_full_queue_refuses_at_once(address: str, path: str, body: Any) -> None:
 
 
 @pytest.mark.usefixtures("crowded")
-def test_ready_says_that_the_queue_is_full(address: str) -> None:
-    async def overload() -> list[httpx.Response]:
-        async with client(address) as http:
-            async with occupied(http, running=2, waiting=2):
-                full = await http.get("/ready")
-            await until(is_idle)
-            return [full, await http.get("/ready")]
+def test_ready_says_that_the_queue_is_full_for_everybody(address: str) -> None:
+    """What one client has queued keeps nobody else out."""
 
-    full, free = asyncio.run(overload())
-    assert full.status_code == 503
+    async def overload() -> list[httpx.Response]:
+        async with client(address) as http, client(address, "10.0.0.2") as another:
+            async with occupied(http, running=2, waiting=2):
+                answers = [await another.get("/ready")]
+                last = asyncio.ensure_future(another.post("/generate", json=LONG))
+                await until(lambda: engine.num_waiting == 3)
+                answers.append(await another.get("/ready"))
+                last.cancel()
+            await until(is_idle)
+            return [*answers, await http.get("/ready")]
+
+    taken, full, free = asyncio.run(overload())
+    assert (taken.status_code, full.status_code, free.status_code) == (200, 503, 200)
     assert "full" in full.json()["status"]
-    assert free.status_code == 200
     assert free.json()["status"] == "ready"
 
 

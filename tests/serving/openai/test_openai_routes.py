@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 
 import main
 from backends.local import LocalBackend
+from backends.reader import Reader
 from engine import Engine
 from serving.content_filter import ContentFilter
 from tests.support import (
@@ -60,6 +61,7 @@ def backends() -> Iterator[dict[str, LocalBackend]]:
             Engine(model, tokenizer_, text_filter=main.content_filter),
             content_filter=main.content_filter,
             request_timeout_seconds=60,
+            reader=Reader(),
         )
         for name, (model, tokenizer_) in models.items()
     }
@@ -330,7 +332,7 @@ INVALID: list[tuple[dict[str, Any], str | None]] = [
     ({"prompt": [-1]}, "prompt"),
     ({"prompt": [8192]}, "prompt"),
     ({"prompt": "a\0"}, "prompt"),
-    ({"prompt": ["a"] * 257}, "prompt"),
+    ({"prompt": ["a"] * 321}, "prompt"),
     ({"max_tokens": -1}, "max_tokens"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": "3"}, "max_tokens"),
@@ -488,11 +490,23 @@ def test_error_overload_is_503_with_retry_after(
 ) -> None:
     monkeypatch.setattr(engine.scheduler, "max_queue_size", 1)
     monkeypatch.setattr(engine.scheduler, "max_num_seqs", 1)
-    with pytest.raises(openai.InternalServerError) as caught:
-        complete(client, prompt=["A", "B", "C"])
+    long = {"max_tokens": 400, "stream": True, "extra_body": {"ignore_eos": True}}
+    with complete(client, n=2, **long) as answer:
+        next(iter(answer))
+        with pytest.raises(openai.InternalServerError) as caught:
+            complete(client, prompt="A")
     assert caught.value.status_code == 503
     assert caught.value.response.headers["retry-after"] == "1"
+    wait_until(lambda: engine.num_running + engine.num_waiting == 0)
     assert complete(client, prompt="A").choices[0].text
+
+
+def test_error_more_sequences_than_ever_find_room_is_400(client: OpenAI, engine: Engine) -> None:
+    """256 prompts with n 8 were taken: 2,048 sequences, before which everybody else waited."""
+    most = engine.scheduler.max_num_seqs + engine.scheduler.max_queue_size
+    with pytest.raises(openai.BadRequestError, match=f"prompt: at most {most} texts") as caught:
+        complete(client, prompt=["A"] * 256, n=8)
+    assert caught.value.param == "prompt"
 
 
 def test_stream_closed_early_frees_its_places(client: OpenAI, engine: Engine) -> None:

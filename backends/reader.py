@@ -1,0 +1,101 @@
+"""Reads prompts beside the event loop: tokenizing, decoding and filtering them takes long."""
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from backends.base import Client, Deadline
+
+# So much is read on the event loop, in less than a millisecond.
+SHORT_CHARACTERS = 600
+PROMPT_CHARACTERS = 50  # count as much as a prompt itself, however short
+
+T = TypeVar("T")
+Pieces = Generator[None, None, T]  # work that can be left off at each `yield`
+Prompts = Sequence[str | list[int]]
+
+
+@dataclass(slots=True)
+class Reading:
+    pieces: Pieces[Any]
+    context: Context = field(default_factory=copy_context)  # of the request, for its log line
+    outcome: Future[Any] = field(default_factory=Future)
+
+
+class Reader:
+    """One thread, which does a piece of work for each client in turn.
+
+    It rests after each piece for as long as that took: the engine's thread and the event loop
+    need Python's lock and a core too. Work whose client has left is not gone on with.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "reader")
+        self._lock = threading.Lock()
+        self._readings: dict[str, deque[Reading]] = {}  # by client, whose turn was last at the end
+
+    async def read(
+        self, client: Client, deadline: Deadline, prompts: Prompts, pieces: Pieces[T]
+    ) -> T:
+        """What the pieces give in the end; leaves them off when it is cancelled. prompts: all that
+        they read; what is short is read at once.
+
+        Raises what the pieces do, and DeadlineExceeded.
+        """
+        if sum(PROMPT_CHARACTERS + len(prompt) for prompt in prompts) <= SHORT_CHARACTERS:
+            return read_at_once(pieces)
+        reading = Reading(pieces)
+        with self._lock:
+            if not self._readings:
+                self._thread.submit(self._take_turn)
+            self._readings.setdefault(client.identity, deque()).append(reading)
+        async with deadline.limit():
+            return await asyncio.wrap_future(reading.outcome)
+
+    def _take_turn(self) -> None:
+        started_seconds = time.monotonic()
+        with self._lock:
+            client, queue = next(iter(self._readings.items()))
+            reading = queue[0]
+        is_over = self._do_piece(reading)
+        with self._lock:
+            if is_over:
+                queue.popleft()
+            del self._readings[client]
+            if queue:
+                self._readings[client] = queue
+            is_idle = not self._readings
+        if not is_idle:
+            time.sleep(time.monotonic() - started_seconds)
+            self._thread.submit(self._take_turn)
+
+    def _do_piece(self, reading: Reading) -> bool:
+        """Whether nothing is left to do."""
+        outcome = reading.outcome
+        try:
+            if not outcome.cancelled():
+                reading.context.run(next, reading.pieces)
+                return False
+        except StopIteration as end:
+            if outcome.set_running_or_notify_cancel():
+                outcome.set_result(end.value)
+        except Exception as error:
+            if outcome.set_running_or_notify_cancel():
+                outcome.set_exception(error)
+        return True
+
+
+def read_at_once(pieces: Pieces[T]) -> T:
+    """What the pieces give in the end, without a turn for others in between."""
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            result: T = end.value
+            return result

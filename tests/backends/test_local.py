@@ -1,0 +1,144 @@
+"""What a model that runs here does before it asks its engine."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+import main
+import models
+from backends.base import (
+    Client,
+    ContextExceeded,
+    DeadlineExceeded,
+    ForbiddenPrompt,
+    Generation,
+    InvalidField,
+)
+from engine import QueueFullError
+from tests.support import PROMPT, ids, run
+
+BACKEND = main.registry.default
+ENGINE = main.engine
+NUM_PROMPT_TOKENS = len(ids(PROMPT))
+LONG_TEXT = PROMPT + " and so" * 200
+
+
+def completion(**fields: Any) -> models.CompletionRequest:
+    return models.CompletionRequest.model_validate({"prompt": PROMPT, "max_tokens": 5, **fields})
+
+
+def is_idle() -> bool:
+    return ENGINE.num_running == ENGINE.num_waiting == 0
+
+
+async def submit_text(client: Client) -> Generation:
+    params = models.TextRequest(prompt=PROMPT, max_new_tokens=7)
+    return await BACKEND.submit_text(PROMPT, params, client=client, num_sequences=3)
+
+
+async def submit_short(client: Client) -> Generation:
+    return await BACKEND.submit_completion(completion(n=2), client=client)
+
+
+async def submit_many(client: Client) -> Generation:
+    return await BACKEND.submit_completion(completion(prompt=[PROMPT] * 20, n=2), client=client)
+
+
+@pytest.mark.parametrize(
+    ("submit", "num_tokens"),  # of prompts, and new ones
+    [
+        (submit_text, (NUM_PROMPT_TOKENS, 3 * 7)),
+        (submit_short, (NUM_PROMPT_TOKENS, 2 * 5)),
+        (submit_many, (20 * NUM_PROMPT_TOKENS, 20 * 2 * 5)),
+    ],
+)
+def test_client_is_asked_for_what_a_request_may_cost(
+    submit: Callable[[Client], Awaitable[Generation]], num_tokens: tuple[int, int]
+) -> None:
+    reserved = []
+
+    async def reserve(num_prompt_tokens: int, num_new_tokens: int) -> None:
+        assert ENGINE.num_running == 0
+        reserved.append((num_prompt_tokens, num_new_tokens))
+
+    async def ask() -> None:
+        generation = await submit(Client("a", reserve))
+        await generation.complete()
+
+    assert run(ask()) == [None]
+    assert reserved == [num_tokens]
+
+
+async def refuse(num_prompt_tokens: int, num_new_tokens: int) -> None:
+    raise QueueFullError("refused")
+
+
+@pytest.mark.parametrize(
+    ("fields", "client", "expected"),
+    [
+        ({}, Client("a", refuse), QueueFullError),
+        ({"prompt": ["I hate it"]}, Client("a"), ForbiddenPrompt),
+        ({"prompt": LONG_TEXT + " hate"}, Client("a"), ForbiddenPrompt),
+        ({"prompt": [PROMPT] * 300 + ["I hate it"]}, Client("a"), ForbiddenPrompt),
+        ({"prompt": [[1, 2], [8192]]}, Client("a"), InvalidField),
+        ({"prompt": [LONG_TEXT * 2]}, Client("a"), ContextExceeded),
+    ],
+)
+def test_refused_request_gives_its_place_back(
+    fields: dict[str, Any], client: Client, expected: type[Exception]
+) -> None:
+    (error,) = run(BACKEND.submit_completion(completion(**fields), client=client))
+    assert isinstance(error, expected)
+    assert is_idle()
+
+
+def test_request_has_its_place_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts were tokenized, decoded and filtered for whoever came, also for a queue that was
+    full in the end."""
+    monkeypatch.setattr(ENGINE.scheduler, "max_num_seqs", 1)
+    monkeypatch.setattr(ENGINE.scheduler, "max_queue_size", 30)
+    body = completion(prompt=[PROMPT] * 20)
+
+    async def ask() -> None:
+        first = asyncio.create_task(BACKEND.submit_completion(body, client=Client("a")))
+        await asyncio.sleep(0)
+        assert ENGINE.num_waiting == 20
+        with pytest.raises(QueueFullError):
+            await BACKEND.submit_completion(body, client=Client("a"))
+        first.cancel()
+        await asyncio.wait({first})
+
+    assert run(ask()) == [None]
+    assert is_idle()
+
+
+def test_deadline_counts_from_arrival(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It began once the prompts had been read."""
+    monkeypatch.setattr(BACKEND, "request_timeout_seconds", 1e-3)
+
+    async def ask() -> None:
+        generation = await BACKEND.submit_completion(completion(), client=Client("a"))
+        assert generation.deadline.left_seconds < 1e-3
+        assert generation.requests[0].arrived_seconds == generation.deadline.arrived_seconds
+        generation.abort()
+
+    assert run(ask()) == [None]
+
+
+def test_deadline_ends_the_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All was read, whatever the deadline: 12.9 s under one of 3 s."""
+    monkeypatch.setattr(BACKEND, "request_timeout_seconds", 0.1)
+    body = completion(prompt=[[n + 1] * 500 for n in range(256)])
+    (error,) = run(BACKEND.submit_completion(body, client=Client("a")))
+    assert isinstance(error, DeadlineExceeded)
+    assert is_idle()
+
+
+def test_too_long_a_prompt_is_refused_without_reading_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BACKEND.reader, "read", pytest.fail)
+    for prompt in (PROMPT * 1000, [[1] * 10] * 5 + [[1] * 1000]):
+        body = completion(prompt=prompt)
+        (error,) = run(BACKEND.submit_completion(body, client=Client("a")))
+        assert isinstance(error, ContextExceeded)
