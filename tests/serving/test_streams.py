@@ -309,7 +309,8 @@ def test_ready_says_that_the_queue_is_full_for_everybody(address: str) -> None:
 
 def test_health_answers_under_load(address: str) -> None:
     async def load() -> list[float]:
-        async with client(address) as http, occupied(http, running=engine.scheduler.max_num_seqs):
+        num_running = engine.scheduler.max_num_seqs * 7 // 8  # as many as one client may have
+        async with client(address) as http, occupied(http, running=num_running):
             seconds = []
             for _ in range(10):
                 sent = time.monotonic()
