@@ -360,7 +360,7 @@ def test_limits_hold_and_refuse_before_anything_is_sent(
     monkeypatch.setattr(backend.upstream, "max_model_len", None)
     monkeypatch.setattr(backend.upstream, "_read_models", lambda _: None)
     limited = RateLimitMiddleware(main.app, Settings(token_rate_limit=100))
-    app = RequestContextMiddleware(ApiKeyMiddleware(limited, {}, True), 1_000_000)
+    app = RequestContextMiddleware(ApiKeyMiddleware(limited, {}, True))
     completion = {"prompt": PROMPT, "max_tokens": 60, "ignore_eos": True}
     chat = {"messages": [{"role": "user", "content": PROMPT}]}
     with in_front(backend, app) as http:

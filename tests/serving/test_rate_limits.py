@@ -37,7 +37,7 @@ def app() -> Any:
 def limited_app(app: Any, **settings: Any) -> RequestContextMiddleware:
     """The app behind limits of its own, and without keys."""
     limiting = RateLimitMiddleware(app, Settings(**settings))
-    return RequestContextMiddleware(ApiKeyMiddleware(limiting, {}, True), max_body_bytes=1_000_000)
+    return RequestContextMiddleware(ApiKeyMiddleware(limiting, {}, True))
 
 
 def limited_client(app: Any, **settings: Any) -> TestClient:
@@ -249,9 +249,7 @@ def test_rate_limit_is_off_while_its_storage_fails(
     monkeypatch.setattr("serving.rate_limits.STORAGE_TIMEOUT_SECONDS", 0.1)
     monkeypatch.setattr("serving.rate_limits.STORAGE_PAUSE_SECONDS", 0.3)
     limiting = RateLimitMiddleware(app, Settings(rate_limit=1))
-    http = TestClient(
-        RequestContextMiddleware(ApiKeyMiddleware(limiting, {}, True), max_body_bytes=1000)
-    )
+    http = TestClient(RequestContextMiddleware(ApiKeyMiddleware(limiting, {}, True)))
     with monkeypatch.context() as broken:
         broken.setattr(limiting.limits.counts, "add", fail)
         assert [http.get("/v1/models").status_code for _ in range(3)] == [200] * 3
@@ -274,9 +272,7 @@ def test_storage_that_fails_in_the_middle_of_a_request_fails_no_request(
         return await real(key, amount, *rest)
 
     monkeypatch.setattr(limiting.limits.counts, failing, fail)
-    http = TestClient(
-        RequestContextMiddleware(ApiKeyMiddleware(limiting, {}, True), max_body_bytes=1000)
-    )
+    http = TestClient(RequestContextMiddleware(ApiKeyMiddleware(limiting, {}, True)))
     body = {"prompt": PROMPT, "max_tokens": 20, **ENDS_AT_ONCE}
     assert http.post(COMPLETIONS, json=body).status_code == 200
     assert limiting.limits.is_paused
