@@ -1,5 +1,6 @@
 """A model that runs in this process: its tokenizer, and the engine that has its weights."""
 
+import asyncio
 import math
 from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as SequenceOf
@@ -398,6 +399,8 @@ class LocalGeneration(Generation):
                 async for delta in deltas:
                     yield self._text_delta(delta, is_first=delta.index not in begun)
                     begun.add(delta.index)
+                    if self.logprobs_form:  # long to write, and many may be here already
+                        await asyncio.sleep(0)
         except TimeoutError:
             raise DeadlineExceeded(self.deadline.timeout_seconds) from None
 

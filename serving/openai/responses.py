@@ -1,6 +1,8 @@
 """What a `/v1` route answers, whole or as a stream of chunks."""
 
+import asyncio
 import hashlib
+import json
 import math
 import time
 import uuid
@@ -11,7 +13,7 @@ from statistics import fmean
 from typing import Any, Generic, TypeVar
 
 import torch
-from fastapi import Request
+from fastapi import Request, Response
 
 import models
 from backends.base import Generation, TextDelta
@@ -28,6 +30,10 @@ def system_fingerprint(model_name: str, settings: Settings) -> str:
     """Changes with what may change the text of a seed."""
     described = (model_name, torch.__version__, settings.dtype, settings.quantization)
     return "fp_" + hashlib.sha256(repr(described).encode()).hexdigest()[:10]
+
+
+def in_json(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
 class ResponseBuilder(ABC, Generic[Body]):
@@ -74,14 +80,18 @@ class ResponseBuilder(ABC, Generic[Body]):
             return GenerationStream(self.stream(), self.generation)
         return await self.full(http)
 
-    async def full(self, http: Request) -> dict[str, Any]:
+    async def full(self, http: Request) -> Response:
+        """Written choice by choice, between which others have their turn: hundreds of scored
+        prompts make many megabytes."""
         (deltas,) = await finish(http, self.generation)
-        choices = [self.choice(delta) for delta in self.best(deltas)]
-        for index, choice in enumerate(choices):
-            choice["index"] = index  # of those given, not of those drawn
-        return {
-            **self.head, "object": self.object_name, "choices": choices, "usage": self.usage()
-        }  # fmt: skip
+        choices = []
+        for index, delta in enumerate(self.best(deltas)):
+            # Its place among those given, not among those drawn.
+            choices.append(in_json({**self.choice(delta), "index": index}))
+            await asyncio.sleep(0)
+        head = in_json({**self.head, "usage": self.usage(), "object": self.object_name})
+        body = b'%b,"choices":[%b]}' % (head.removesuffix(b"}"), b",".join(choices))
+        return Response(body, media_type="application/json")
 
     async def stream(self) -> AsyncGenerator[str]:
         options = self.body.stream_options
