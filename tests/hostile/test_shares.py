@@ -54,7 +54,8 @@ async def leave_at_once(service: Served) -> None:
     host, port = service.address.removeprefix("http://").split(":")
     for seed in range(8):
         request = httpx.Request("POST", f"{service.address}/v1/completions", json=big_body(seed))
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: 10.0.1.{seed}\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+        head += f"X-Forwarded-For: 10.0.1.{seed}\r\n"
         head += f"Content-Type: application/json\r\nContent-Length: {len(request.content)}\r\n\r\n"
         _, writer = await asyncio.open_connection(host, int(port))
         writer.write(head.encode() + request.content)

@@ -14,8 +14,8 @@ import pytest
 
 from tests.support import PROMPT, Served, metric, served, wait_until
 
-GET = b"GET /health HTTP/1.1\r\nHost: a\r\n"
-POST = b"POST /generate HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+POST = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 SHORT = {"prompt": PROMPT, "max_new_tokens": 2}
 LONG = {"prompt": PROMPT, "max_tokens": 250, "n": 8, "ignore_eos": True, "logprobs": 5}
 
