@@ -26,7 +26,7 @@ def test_prompt_alone_may_fill_the_context() -> None:
 
 def new_request(seed: int | None, num_sequences: int = 2) -> EngineRequest:
     params = SamplingParams(seed=seed)
-    return EngineRequest(Prompt([1], "", 0), params, False, loop=None, num_sequences=num_sequences)
+    return EngineRequest(Prompt([1], None), params, False, loop=None, num_sequences=num_sequences)
 
 
 def test_sequences_have_random_streams_of_their_own() -> None:

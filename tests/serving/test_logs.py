@@ -18,6 +18,7 @@ from fastapi.testclient import TestClient
 import main
 from backends.local import LocalBackend
 from backends.reader import Reader
+from engine import available_cores
 from serving.logs import USAGE_COLUMNS, JsonLines, LineQueue, TextFormatter, UsageFile
 from serving.model_loader import ModelLoader
 from tests.support import FOLDER, NAME, PROMPT, ROOT, Served, fail, served, wait_until
@@ -194,16 +195,17 @@ def answers(http: httpx.Client) -> bool:
 
 
 def test_log_of_a_start_that_fails_is_whole() -> None:
+    too_many = str(available_cores() + 1)
     ran = subprocess.run(
         [sys.executable, "-m", "uvicorn", "main:app"],
         cwd=ROOT,
-        env=os.environ | {"TORCH_NUM_THREADS": "10000", "MODEL_NAME": f"/no/such/folder,{FOLDER}"},
+        env=os.environ | {"TORCH_NUM_THREADS": too_many, "MODEL_NAME": f"/no/such/folder,{FOLDER}"},
         capture_output=True,
         text=True,
     )
     assert (ran.returncode, ran.stderr.count("MODEL_NAME: cannot load")) == (1, 1)
     messages = [json.loads(line)["message"] for line in ran.stdout.splitlines()]
-    assert messages[0].startswith("TORCH_NUM_THREADS is 10000")
+    assert messages[0].startswith(f"TORCH_NUM_THREADS is {too_many}")
     assert messages[-1].startswith("loaded gpt2-tales")
 
 

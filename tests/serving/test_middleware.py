@@ -239,8 +239,8 @@ def test_body_that_no_route_reads_is_limited_as_it_comes(app: Any) -> None:
 
     path = "/Once"
     scope = {
-        "type": "http", "method": "GET", "path": path, "raw_path": path.encode(), "headers": [],
-        "query_string": b"max_new_tokens=200",
+        "type": "http", "http_version": "1.0", "method": "GET", "path": path,
+        "raw_path": path.encode(), "query_string": b"max_new_tokens=200", "headers": [],
     }  # fmt: skip
     asyncio.run(app(scope, receive, send))
     assert statuses == [413, None]
