@@ -18,15 +18,21 @@ def is_within_share(num_own: int, num_free: int) -> bool:
     return num_own < MOST_FOR_EACH_FREE * num_free
 
 
+def is_long(seq: Sequence) -> bool:
+    return seq.request.num_prompt_tokens > SHORT_PROMPT_TOKENS
+
+
 class Scheduler:
     """Shares rows and queue among clients; of each client, first come, first served.
 
     `running[i]` owns row i of the cache: rows 0 … num_running-1 are always the running
     ones, because the last row moves into the hole that a finished sequence leaves.
 
-    Rows: a free one goes to the client that has the fewest, in turns where several do. Beyond
-    `is_within_share` a client gets rows for brief sequences alone: so a newcomer finds one free,
-    or one that soon will be.
+    Rows: a free one goes to the client that has the fewest, in turns where several do, and to none
+    that has its even part of all rows already: a row more makes each step longer for everybody, so
+    rows that others do not need stay free. Beyond `is_within_share` a client, also one that is
+    alone, gets rows for brief sequences only: so a newcomer finds one free, or one that soon will
+    be.
 
     Queue: counted in sequences for which no row is free, those of `reserve` among them. A client
     may have as many as places are left then, of twice max_queue_size: max_queue_size if it is
@@ -39,6 +45,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.waiting: dict[str, deque[Sequence]] = {}  # by client, who was served last at the end
         self.num_queued: Counter[str | None] = Counter()  # of each client: reserved and waiting
+        self.has_just_taken_long = False  # whether the last step took a long prompt
 
     @property
     def is_finished(self) -> bool:
@@ -80,20 +87,29 @@ class Scheduler:
         ids below end_id alone.
 
         One step takes prompts of SHORT_PROMPT_TOKENS together, or one longer prompt, so
-        that the running ones never wait for more than one prompt. Sequences that share a
-        prompt count once, and run together where rows are free.
+        that the running ones never wait for more than one prompt; and a longer one only every
+        other step while somebody else is running. Sequences that share a prompt count once, and
+        run together where rows are free.
         """
         admitted: list[Sequence] = []
         budget_tokens = SHORT_PROMPT_TOKENS
         num_rows = Counter(seq.request.client for seq in self.running)
-        while clients := [each for each in self.waiting if self._may_run(each, num_rows, end_id)]:
+        even_part = math.ceil(self.max_num_seqs / max(1, len(num_rows.keys() | self.waiting)))
+
+        def may_run(client: str) -> bool:
+            seq, num_own = self.waiting[client][0], num_rows[client]
+            has_to_rest = self.has_just_taken_long and is_long(seq) and num_rows.total() > num_own
+            is_below = num_own < even_part and not has_to_rest
+            return is_below and self._may_run(seq, num_own, end_id)
+
+        while clients := [client for client in self.waiting if may_run(client)]:
             client = min(clients, key=num_rows.__getitem__)
             queue = self.waiting[client]
             request = queue[0].request
             budget_tokens -= request.num_prompt_tokens
             if admitted and budget_tokens < 0:
                 break
-            while queue and queue[0].request is request and self._may_run(client, num_rows, end_id):
+            while queue and queue[0].request is request and may_run(client):
                 seq = queue.popleft()
                 seq.status = Status.RUNNING
                 self.running.append(seq)
@@ -103,15 +119,14 @@ class Scheduler:
             del self.waiting[client]
             if queue:
                 self.waiting[client] = queue
+        self.has_just_taken_long = any(map(is_long, admitted))
         return admitted
 
-    def _may_run(self, client: str, num_rows: Counter[str], end_id: float) -> bool:
+    def _may_run(self, seq: Sequence, num_own: int, end_id: float) -> bool:
         num_free = self.max_num_seqs - len(self.running)
-        seq = self.waiting[client][0]
         if num_free <= 0 or seq.request.id >= end_id:
             return False
-        is_brief = seq.params.max_new_tokens <= BRIEF_TOKENS
-        return is_brief or is_within_share(num_rows[client], num_free)
+        return seq.params.max_new_tokens <= BRIEF_TOKENS or is_within_share(num_own, num_free)
 
     def take_waiting(self, before_id: float = math.inf) -> list[Sequence]:
         """Takes those of requests with lower ids out of the queue, and returns them."""

@@ -1,5 +1,7 @@
 """Who runs and who waits, with integers: no model, no tensors."""
 
+from collections import Counter
+
 import pytest
 
 from engine import QueueFullError, SamplingParams
@@ -201,7 +203,30 @@ def test_scheduler_row_goes_to_whoever_has_fewest() -> None:
         add(scheduler, sequences(client="b"))
     for seq in a[:5]:
         scheduler.finish(seq)
-    assert clients_of(scheduler.schedule()) == "bbbaa"  # has three rows, as the other one then
+    assert clients_of(scheduler.schedule()) == "bbbab"  # four rows each
+
+
+def test_scheduler_takes_long_prompts_every_other_step_while_others_run() -> None:
+    """250 prompts of one client came into as many steps, and made all of them long."""
+    scheduler = Scheduler(max_num_seqs=64, max_queue_size=99)
+    add(scheduler, sequences(client="a"))
+    for _ in range(9):
+        add(scheduler, sequences(client="b", prompt=[1] * (SHORT_PROMPT_TOKENS + 1)))
+    admitted = [clients_of(scheduler.schedule()) for _ in range(6)]
+    assert admitted == ["a", "b", "", "b", "", "b"]
+    scheduler.finish(scheduler.running[0])
+    assert [clients_of(scheduler.schedule()) for _ in range(2)] == ["b", "b"]
+
+
+def test_scheduler_gives_nobody_more_than_its_part_while_others_are_there() -> None:
+    """One client's 62 sequences made every step of two others four times as long."""
+    scheduler = Scheduler(max_num_seqs=64, max_queue_size=99)
+    for client, count in (("a", 99), ("b", 1), ("c", 1)):
+        add(scheduler, sequences(BRIEF, client=client, count=count))
+    assert Counter(clients_of(scheduler.schedule())) == {"a": 22, "b": 1, "c": 1}
+    for seq in [seq for seq in scheduler.running if seq.request.client != "a"]:
+        scheduler.finish(seq)
+    assert clients_of(scheduler.schedule()) == "a" * 42
 
 
 def test_scheduler_keeps_rows_for_newcomers() -> None:
