@@ -24,7 +24,6 @@ The life of a request:
 
 import gc
 import os
-import sys
 
 # What is loaded from here on stays. Looking through it for garbage makes the start a fifth longer,
 # and holds everybody up for a fifth of a second each time later on.
@@ -34,9 +33,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Idle OpenMP threads busy-wait. The default makes a step ten times slower when another process
 # wants a core; 10,000 spins avoid that and cost nothing. torch reads this when it is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# The engine's thread wants Python's lock back after each operation of torch. It gets it from a
-# thread that reads a long prompt after this time, ten times as soon as by default.
-sys.setswitchinterval(0.0005)
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager

@@ -9,6 +9,7 @@ from engine.request import QueueFullError, Sequence, Status
 
 SHORT_PROMPT_TOKENS = 32  # prompts up to here share a step with the batch; longer ones run alone
 MOST_FOR_EACH_FREE = 7  # of something that is shared a client has at most so many for each free one
+LONG_PROMPT_STEPS = 8  # of which a client has a long prompt in one, while others run
 BRIEF_TOKENS = 64  # who generates no more than so many frees its row soon
 
 
@@ -45,7 +46,8 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.waiting: dict[str, deque[Sequence]] = {}  # by client, who was served last at the end
         self.num_queued: Counter[str | None] = Counter()  # of each client: reserved and waiting
-        self.has_just_taken_long = False  # whether the last step took a long prompt
+        self.num_steps = 0
+        self.long_prompt_steps: dict[str, int] = {}  # when a client's last one ran, if just now
 
     @property
     def is_finished(self) -> bool:
@@ -87,20 +89,29 @@ class Scheduler:
         ids below end_id alone.
 
         One step takes prompts of SHORT_PROMPT_TOKENS together, or one longer prompt, so
-        that the running ones never wait for more than one prompt; and a longer one only every
-        other step while somebody else is running. Sequences that share a prompt count once, and
-        run together where rows are free.
+        that the running ones never wait for more than one prompt. While somebody else is running
+        a client has a longer one in every eighth step only: else one that sends hundreds would
+        make all steps of others long. Sequences that share a prompt count once, and run together
+        where rows are free.
         """
         admitted: list[Sequence] = []
         budget_tokens = SHORT_PROMPT_TOKENS
+        self.num_steps += 1
+        self.long_prompt_steps = {
+            client: step
+            for client, step in self.long_prompt_steps.items()
+            if self.num_steps - step < LONG_PROMPT_STEPS
+        }
         num_rows = Counter(seq.request.client for seq in self.running)
         even_part = math.ceil(self.max_num_seqs / max(1, len(num_rows.keys() | self.waiting)))
 
         def may_run(client: str) -> bool:
             seq, num_own = self.waiting[client][0], num_rows[client]
-            has_to_rest = self.has_just_taken_long and is_long(seq) and num_rows.total() > num_own
-            is_below = num_own < even_part and not has_to_rest
-            return is_below and self._may_run(seq, num_own, end_id)
+            if num_own >= even_part:
+                return False
+            if is_long(seq) and client in self.long_prompt_steps and num_rows.total() > num_own:
+                return False
+            return self._may_run(seq, num_own, end_id)
 
         while clients := [client for client in self.waiting if may_run(client)]:
             client = min(clients, key=num_rows.__getitem__)
@@ -119,7 +130,8 @@ class Scheduler:
             del self.waiting[client]
             if queue:
                 self.waiting[client] = queue
-        self.has_just_taken_long = any(map(is_long, admitted))
+            if is_long(admitted[-1]):
+                self.long_prompt_steps[client] = self.num_steps
         return admitted
 
     def _may_run(self, seq: Sequence, num_own: int, end_id: float) -> bool:

@@ -206,15 +206,16 @@ def test_scheduler_row_goes_to_whoever_has_fewest() -> None:
     assert clients_of(scheduler.schedule()) == "bbbab"  # four rows each
 
 
-def test_scheduler_takes_long_prompts_every_other_step_while_others_run() -> None:
+def test_scheduler_takes_few_long_prompts_of_one_client_while_others_run() -> None:
     """250 prompts of one client came into as many steps, and made all of them long."""
     scheduler = Scheduler(max_num_seqs=64, max_queue_size=99)
     add(scheduler, sequences(client="a"))
-    for _ in range(9):
-        add(scheduler, sequences(client="b", prompt=[1] * (SHORT_PROMPT_TOKENS + 1)))
-    admitted = [clients_of(scheduler.schedule()) for _ in range(6)]
-    assert admitted == ["a", "b", "", "b", "", "b"]
-    scheduler.finish(scheduler.running[0])
+    for client in "bbbbc":
+        add(scheduler, sequences(client=client, prompt=[1] * (SHORT_PROMPT_TOKENS + 1)))
+    admitted = [clients_of(scheduler.schedule()) for _ in range(11)]
+    assert admitted == ["a", "b", "c", *[""] * 6, "b", ""]
+    for seq in [seq for seq in scheduler.running if seq.request.client != "b"]:
+        scheduler.finish(seq)
     assert [clients_of(scheduler.schedule()) for _ in range(2)] == ["b", "b"]
 
 
