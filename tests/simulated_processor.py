@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import json
 import os
+import sys
 from typing import Any
 
 parser = argparse.ArgumentParser()
@@ -112,4 +113,4 @@ about = {
     "is_same_bits_alone": alone == together,
     "adversarial_sum": adversarial_sum(served.kernel) if served.kernel.name[:4] == "int8" else None,
 }
-print(json.dumps(about))
+print(json.dumps(about), file=sys.stderr)  # the log goes to standard output, in its own time

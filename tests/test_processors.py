@@ -74,12 +74,12 @@ def started() -> Iterator[Callable[[str], Process]]:
 def found(process: Process) -> dict[str, Any]:
     """What the process says of itself in its last line."""
     assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout.splitlines()[-1])
+    return json.loads(process.stderr.splitlines()[-1])
 
 
 def messages(process: Process) -> list[str]:
     """Of the log, which is all before."""
-    return [json.loads(line)["message"] for line in process.stdout.splitlines()[:-1]]
+    return [json.loads(line)["message"] for line in process.stdout.splitlines()]
 
 
 @pytest.mark.parametrize("name", SIMULATED)

@@ -13,9 +13,14 @@ from tests.support import ROOT
 
 
 def start(**environment: str) -> subprocess.CompletedProcess[str]:
-    """What a process that only imports the service prints."""
+    """What a process that only imports the service prints. The log goes to standard output, in its
+    own time."""
     return subprocess.run(
-        [sys.executable, "-c", "import main; print(main.settings.model_dump_json())"],
+        [
+            sys.executable,
+            "-c",
+            "import main, sys; print(main.settings.model_dump_json(), file=sys.stderr)",
+        ],
         env={**os.environ, **environment},
         cwd=ROOT,
         capture_output=True,
@@ -55,7 +60,7 @@ def test_settings_empty_variable_counts_as_unset(tmp_path: Path) -> None:
     environment = {"MODEL_NAME": "", "MAX_NUM_SEQS": "", "HF_HOME": str(tmp_path)}
     started = start(**environment, HF_HUB_OFFLINE="1")
     assert started.returncode == 0, started.stderr
-    assert json.loads(started.stdout.splitlines()[-1])["max_num_seqs"] == 64
+    assert json.loads(started.stderr.splitlines()[-1])["max_num_seqs"] == 64
     assert "serving gpt2-tales, the small bundled model" in started.stdout
 
 
