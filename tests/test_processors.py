@@ -78,7 +78,7 @@ def found(process: Process) -> dict[str, Any]:
 
 
 def messages(process: Process) -> list[str]:
-    """Of the log, which is all before."""
+    """Of the log."""
     return [json.loads(line)["message"] for line in process.stdout.splitlines()]
 
 
