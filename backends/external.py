@@ -248,7 +248,6 @@ class ExternalBackend(Backend):
         num_prompt_tokens = 0  # while it makes no difference: to count them costs a request
         counts_prompt = params.max_new_tokens is None and "max_length" in params.model_fields_set
         # A token is a byte or more, but for the one that some models begin with.
-        await client.reserve(estimated_tokens(prompt), num_sequences * num_new_tokens)
         if counts_prompt or len(prompt.encode()) + 1 + num_new_tokens > context_tokens:
             num_prompt_tokens = await self._count_prompt_tokens(prompt, client, deadline)
         sent = {

@@ -377,6 +377,15 @@ def test_limits_hold_and_refuse_before_anything_is_sent(
     assert upstream.figure("vllm:prompt_tokens_total") == num_prompt_tokens
 
 
+def test_native_request_is_reserved_once(upstream: Upstream) -> None:
+    """Its tokens were reserved twice, so half of the limit was refused as more than all of it."""
+    limited = RateLimitMiddleware(main.app, Settings(token_rate_limit=100))
+    app = RequestContextMiddleware(ApiKeyMiddleware(limited, {}, True))
+    with in_front(connected(upstream.service.address), app) as http:
+        answer = http.post("/generate", json={"prompt": PROMPT, "max_new_tokens": 60})
+    assert (answer.status_code, answer.json()["model_name"]) == (200, NAME)
+
+
 def test_token_ids_are_refused(client: httpx.Client) -> None:
     answer = client.post("/v1/completions", json={"prompt": [1, 2]})
     assert answer.status_code == 400
