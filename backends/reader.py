@@ -22,7 +22,7 @@ Prompts = Sequence[str | list[int]]
 
 
 @dataclass(slots=True)
-class Reading:
+class PendingRead:
     pieces: Pieces[Any]
     context: Context = field(default_factory=copy_context)  # of the request, for its log line
     outcome: Future[Any] = field(default_factory=Future)
@@ -38,7 +38,7 @@ class Reader:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "reader")
         self._lock = threading.Lock()
-        self._readings: dict[str, deque[Reading]] = {}  # by client, whose turn was last at the end
+        self._pending: dict[str, deque[PendingRead]] = {}  # by client, last served at the end
 
     async def read(
         self, client: Client, deadline: Deadline, prompts: Prompts, pieces: Pieces[T]
@@ -50,37 +50,37 @@ class Reader:
         """
         if sum(PROMPT_CHARACTERS + len(prompt) for prompt in prompts) <= SHORT_CHARACTERS:
             return read_at_once(pieces)
-        reading = Reading(pieces)
+        pending = PendingRead(pieces)
         with self._lock:
-            if not self._readings:
+            if not self._pending:
                 self._thread.submit(self._take_turn)
-            self._readings.setdefault(client.identity, deque()).append(reading)
+            self._pending.setdefault(client.identity, deque()).append(pending)
         async with deadline.limit():
-            return await asyncio.wrap_future(reading.outcome)
+            return await asyncio.wrap_future(pending.outcome)
 
     def _take_turn(self) -> None:
         started_seconds = time.monotonic()
         with self._lock:
-            client, queue = next(iter(self._readings.items()))
-            reading = queue[0]
-        is_over = self._do_piece(reading)
+            client, queue = next(iter(self._pending.items()))
+            pending = queue[0]
+        is_over = self._do_piece(pending)
         with self._lock:
             if is_over:
                 queue.popleft()
-            del self._readings[client]
+            del self._pending[client]
             if queue:
-                self._readings[client] = queue
-            is_idle = not self._readings
+                self._pending[client] = queue
+            is_idle = not self._pending
         if not is_idle:
             time.sleep(time.monotonic() - started_seconds)
             self._thread.submit(self._take_turn)
 
-    def _do_piece(self, reading: Reading) -> bool:
+    def _do_piece(self, pending: PendingRead) -> bool:
         """Whether nothing is left to do."""
-        outcome = reading.outcome
+        outcome = pending.outcome
         try:
             if not outcome.cancelled():
-                reading.context.run(next, reading.pieces)
+                pending.context.run(next, pending.pieces)
                 return False
         except StopIteration as end:
             if outcome.set_running_or_notify_cancel():

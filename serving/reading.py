@@ -81,7 +81,7 @@ class Reading:
 
     def _step(self, at: int) -> None:
         """Moves the states on to the character there."""
-        right = self.automaton.reading(self.characters[at])
+        right = self.automaton.states_for(self.characters[at])
         if right & self.automaton.first and self.candidate.match(self.characters, at):
             self.begun[at] = right & self.automaton.first
             self.quiet_from = at + STRIDES[-1] + 1

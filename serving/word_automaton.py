@@ -59,7 +59,7 @@ class WordAutomaton:
     Raffinot, "Flexible Pattern Matching in Strings", 2002).
 
     `follow` gives the states that a next letter may have, `precede` those that the letter before
-    may have had; `reading(character)` the states that a character is right for.
+    may have had; `states_for` those that a character is right for.
     """
 
     def __init__(self, words: Iterable[tuple[Word, list[Letter]]]) -> None:
@@ -123,7 +123,7 @@ class WordAutomaton:
         for state in (DOUBLED, DOUBLED_THRICE):
             self._move(state, next_letter.entry, at, letters_on)
 
-    def reading(self, character: str) -> int:
+    def states_for(self, character: str) -> int:
         states = self.characters.get(character, 0)
         if self.separators and IS_SEPARATOR.match(character):
             states |= self.separators

@@ -79,7 +79,7 @@ def test_reader_takes_clients_in_turn(held: tuple[Reader, threading.Event]) -> N
             asyncio.create_task(read(reader, name, pieces(name, count, done)))
             for name, count in work
         ]
-        await until(lambda: sum(map(len, reader._readings.values())) == 3)
+        await until(lambda: sum(map(len, reader._pending.values())) == 3)
         may_go_on.set()
         await asyncio.gather(*reading)
 
@@ -96,12 +96,12 @@ def test_reader_leaves_off_when_nobody_waits(held: tuple[Reader, threading.Event
         reading = [
             asyncio.create_task(read(reader, "a", pieces("a", 1000, done, 0.001))) for _ in range(8)
         ]
-        await until(lambda: reader._readings)
+        await until(lambda: reader._pending)
         may_go_on.set()
         await until(lambda: done)
         for each in reading:
             each.cancel()
-        await until(lambda: not reader._readings)
+        await until(lambda: not reader._pending)
 
     assert run(leave()) == [None]
     assert len(done) < 500
