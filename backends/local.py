@@ -68,6 +68,9 @@ class LocalBackend(Backend):
         self.name = name
         self.owned_by = name.rpartition("/")[0] or "local"
         self.generator = generator
+        # What tokenizer.json says of training batches; transformers, too, does neither unasked.
+        self.tokenizer.backend_tokenizer.no_truncation()
+        self.tokenizer.backend_tokenizer.no_padding()
         self.engine = engine
         self.content_filter = content_filter
         self.request_timeout_seconds = request_timeout_seconds
@@ -326,14 +329,18 @@ class LocalBackend(Backend):
         return token_ids
 
     def _check_length(self, num_prompt_tokens: int, max_tokens: int) -> None:
-        if num_prompt_tokens == 0:
-            raise InvalidField("prompt", "must hold at least one token")
         if num_prompt_tokens + max_tokens > self.max_model_len:
             raise ContextExceeded(num_prompt_tokens, max_tokens, self.max_model_len)
 
     def _prompt(self, field: str, texts: list[str], token_ids: list[int]) -> Pieces[Prompt]:
-        """A prompt as the engine takes it. Raises ForbiddenPrompt after a look at it as it was
-        written, and as the model reads it: past a special token in the middle of a word."""
+        """A prompt as the engine takes it. Raises InvalidField for one that the model cannot read;
+        ForbiddenPrompt after a look at it as it was written, and as the model reads it: past a
+        special token in the middle of a word."""
+        if not token_ids:
+            raise InvalidField(field, "must hold at least one token")
+        if max(token_ids) >= self.vocab_size:
+            reason = f"holds a special token that is not among the model's {self.vocab_size}"
+            raise InvalidField(field, reason)
         read = self.tokenizer.decode(token_ids, skip_special_tokens=True)
         for text in dict.fromkeys([*texts, read]):
             if holds_forbidden_word(self.content_filter, text):

@@ -77,7 +77,7 @@ class Engine:
         self.kernel = choose_kernel(model.dtype, model.device.type, quantization)
         self.on_step = on_step
         self.on_model_needed = on_model_needed
-        self.eos_token_ids = _eos_token_ids(model, tokenizer)
+        self.eos_token_ids = _eos_token_ids(model, tokenizer, self.vocab_size)
         self.scheduler = Scheduler(max_num_seqs, max_queue_size)
         self.output = OutputProcessor(tokenizer, text_filter, self.eos_token_ids)
         self.num_failed_steps = 0  # in a row
@@ -350,19 +350,25 @@ class Engine:
         if self.on_step:
             self.on_step(stats)
 
-    def _postprocess(self, token_ids: list[int], stats: StepStats) -> None:
-        """Adds each running sequence's token; hands out deltas, frees what has finished."""
+    def _postprocess(self, token_ids: list[int | InferenceError], stats: StepStats) -> None:
+        """Adds each running sequence's token, or ends it with an error of its own; hands out
+        deltas, frees what has finished."""
         now_seconds, num_rollbacks = time.monotonic(), self.output.num_rollbacks
         outbox = Outbox()
         try:
             for seq, token_id in zip(list(self.scheduler.running), token_ids, strict=True):
+                try:
+                    delta = self._append(seq, token_id)
+                except InferenceError as failure:
+                    _fail_sequence(seq, failure)
+                    continue
                 since_arrival_seconds = now_seconds - seq.request.arrived_seconds
                 if seq.last_token_seconds is None:
                     stats.time_to_first_token_seconds.append(since_arrival_seconds)
                 else:
                     stats.inter_token_seconds.append(now_seconds - seq.last_token_seconds)
                 seq.last_token_seconds = now_seconds
-                if delta := self.output.append(seq, token_id):
+                if delta:
                     outbox.add(seq.request, delta)
                     if delta.finish_reason:
                         seq.request.finish_reasons.add(delta.finish_reason)
@@ -371,6 +377,16 @@ class Engine:
             stats.num_rollbacks = self.output.num_rollbacks - num_rollbacks
         finally:  # so that an error at one sequence takes nothing from those before it
             outbox.send()
+
+    def _append(self, seq: Sequence, token_id: int | InferenceError) -> Delta | None:
+        """What the client gains by this token. Raises InferenceError where there is none, or the
+        text cannot go on."""
+        if isinstance(token_id, InferenceError):
+            raise token_id
+        try:
+            return self.output.append(seq, token_id)
+        except Exception as error:
+            raise InferenceError("the text of a sequence could not be written") from error
 
     def _free(self, seq: Sequence) -> None:
         if move := self.scheduler.finish(seq):
@@ -416,11 +432,23 @@ class Engine:
         self.scheduler.running = []
 
 
-def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The token ids that end a text, by the model's configuration and by its tokenizer's."""
+def _eos_token_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> set[int]:
+    """The token ids that end a text, by the model's configuration and by its tokenizer's; without
+    those that the model never says, as it has no such token."""
     configured = model.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
-    return {id_ for id_ in (*ids, tokenizer.eos_token_id) if id_ is not None}
+    named = {id_ for id_ in (*ids, tokenizer.eos_token_id) if id_ is not None}
+    return {id_ for id_ in named if 0 <= id_ < vocab_size}
+
+
+def _fail_sequence(seq: Sequence, failure: InferenceError) -> None:
+    """Ends the request of one sequence, unless it has ended; the next turn frees its places."""
+    if seq.request.is_aborted:
+        return
+    logger.error("a sequence failed; its request ends: %s", failure, exc_info=failure)
+    fail([seq], failure)
 
 
 def _begin_stats(admitted: list[Sequence], num_decode: int) -> StepStats:

@@ -20,7 +20,8 @@ FinishReason = Literal["stop", "length", "content_filter"]
 
 # EngineError
 #  +- QueueFullError     the waiting queue is full: try again later. Recoverable.
-#  +- InferenceError     the step that held the request failed; the engine goes on. Recoverable.
+#  +- InferenceError     the step, or a sequence of the request failed; the engine goes on.
+#  |                     Recoverable.
 #  +- EngineStoppedError the engine was shut down. Unrecoverable.
 
 
@@ -33,7 +34,8 @@ class QueueFullError(EngineError):
 
 
 class InferenceError(EngineError):
-    """The model failed in a step that held this request; `__cause__` says how. Recoverable."""
+    """The model failed in a step that held this request, or one of its sequences could not go on;
+    `__cause__` says how. Recoverable."""
 
 
 class EngineStoppedError(EngineError):
@@ -54,7 +56,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0  # subtracted for each time it is in the output
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # added; -inf bans
     min_tokens: int = 0  # no end-of-text and no stop string before so many tokens
-    ignore_eos: bool = False  # end-of-text is a token like any other
+    ignore_eos: bool = False  # end-of-text is a token like any other, also before min_tokens
     stop: tuple[str, ...] = ()  # ends before the first of these; the text leaves it out
     num_logprobs: int | None = None  # None: none; else of the token and so many likeliest ones
     num_prompt_logprobs: int | None = None  # the same for the prompt's tokens
@@ -68,7 +70,7 @@ class SamplingParams:
             or self.presence_penalty
             or self.frequency_penalty
             or self.logit_bias
-            or self.min_tokens
+            or (self.min_tokens and not self.ignore_eos)
         )
 
     def fitted(self, num_prompt_tokens: int, max_model_len: int) -> "SamplingParams":
@@ -92,6 +94,7 @@ class PositionLogprobs:
     token_id: int
     logprob: float
     top: list[tuple[int, float]]  # (token id, logprob), likeliest first
+    text_offset: int = 0  # of a generated token: where in the sequence's text it begins
 
 
 @dataclass(frozen=True, slots=True)

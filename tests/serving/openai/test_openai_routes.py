@@ -422,6 +422,20 @@ def test_error_megabyte_is_refused_unread(client: OpenAI) -> None:
     assert time.monotonic() - started_seconds < 1
 
 
+@pytest.mark.contract
+@pytest.mark.parametrize("streams", [False, True])
+def test_logprobs_of_a_stop_string_are_all_there(client: OpenAI, streams: bool) -> None:
+    """Its own were left out, so there were fewer than `usage` counts."""
+    always = {str(ids(" king")[0]): 100}
+    answer = complete(client, logit_bias=always, logprobs=0, stop="g k", stream=streams)
+    choices = [chunk.choices[0] for chunk in (answer if streams else [answer])]
+    text = "".join(choice.text for choice in choices)
+    tokens = [token for choice in choices for token in choice.logprobs.tokens]
+    offsets = [offset for choice in choices for offset in choice.logprobs.text_offset]
+    assert (text, tokens, offsets) == (" kin", [" king", " king"], [0, 4])
+    assert choices[-1].finish_reason == "stop"
+
+
 def test_logprobs_hold_no_forbidden_word(client: OpenAI) -> None:
     """A stop string cut the word off before the filter saw it; the logprobs had it all."""
     pieces = {str(token): 40 for word in (" hate", "hate") for token in ids(word)}
