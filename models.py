@@ -561,7 +561,11 @@ class CompletionLogprobs(BaseModel):
     top_logprobs: list[dict[str, float] | None] | None = Field(
         examples=[[{" there": -1.2}, {" was": -0.4}]]
     )
-    text_offset: list[int] = Field(description="In characters of `text`.", examples=[[0, 6]])
+    text_offset: list[int] = Field(
+        description="Where in `text` each token begins, in characters; its end for those of a stop "
+        "string, which the text leaves out.",
+        examples=[[0, 6]],
+    )
 
 
 FinishReason = Literal["stop", "length", "content_filter"]
