@@ -29,7 +29,14 @@ class Settings(BaseSettings):
         "Unset: all.",
     )
     external_api_key: SecretStr | None = Field(
-        default=None, description="Sent to every external server as its bearer token."
+        default=None,
+        description="Sent as its bearer token to every external server that has no key of its own "
+        "in `EXTERNAL_API_KEYS`.",
+    )
+    external_api_keys: SecretStr | None = Field(
+        default=None,
+        description="Comma-separated `name=key`, the names as in `MODEL_NAME`: keys of single "
+        "external models; `name=` sends none there.",
     )
     forbidden_words: str = Field(
         default="hate*,violence",
