@@ -200,8 +200,10 @@ def test_native_routes_work_through_chat(
         assert client.get("/generate/text", params=body).text == TEXTS[0]
         paths = client.get(f"/{PROMPT}", params={"max_new_tokens": 7, "seed": 0})
         assert paths.json() == {"generated_sequences": [PROMPT + TEXTS[0]]}
-        assert len(provider.asked) == num_asked + 3  # all was found out with the first
-        path, asked = provider.asked[-1]
+        counted = client.post("/generate", json={"prompt": PROMPT, "max_length": 16, "seed": 0})
+        assert counted.json() == told
+        assert len(provider.asked) == num_asked + 5  # all was found out with the first
+        path, asked = provider.asked[-1]  # 16 tokens without the 9 of the prompt
         assert [path for path, _ in provider.asked].count("completions") == (not suffix)
     name = "its/name" if "#" in suffix else NAME
     messages = [{"role": "user", "content": PROMPT}]
