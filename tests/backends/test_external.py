@@ -709,8 +709,8 @@ UNREASONED = {"choices": [{"index": 0, "text": " was", "finish_reason": ""}]}
     [
         streamed(CHUNK, FOREIGN, DONE),
         streamed(CHUNK, UNREASONED, DONE),
-        streamed(CHUNK, LAST, {"usage": {"prompt_tokens": 4, "completion_tokens": 2}}, DONE),
-        streamed(CHUNK, LAST, {"choices": None, "usage": {}}, DONE),
+        streamed(CHUNK, {"usage": {"prompt_tokens": 4, "completion_tokens": 2}}, LAST, DONE),
+        streamed(CHUNK, {"choices": None, "usage": {}}, LAST, DONE),
         streamed(WITH_LOGPROBS, LAST, DONE),
         streamed(b"\xef\xbb\xbfdata: " + json.dumps(CHUNK).encode(), LAST, DONE),
         streamed(CHUNK, LAST, DONE).replace(b"\n\n", b"\r\r"),

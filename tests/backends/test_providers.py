@@ -250,6 +250,27 @@ def test_server_that_ignores_n_is_asked_for_the_others(caplog: pytest.LogCapture
     assert sum("upstream ignores n" in line for line in caplog.messages) == 1
 
 
+def test_client_that_leaves_ends_all_requests_for_its_texts() -> None:
+    gate = threading.Event()
+
+    def rules(path: str, body: dict[str, Any]) -> Answer:
+        if body["seed"]:
+            gate.wait(30)
+        return anthropic_rules(path, body)
+
+    body = {"prompt": PROMPT, "max_new_tokens": 7, "seed": 0, "num_return_sequences": 3}
+    with behind(rules, suffix=";chat") as (client, provider):
+        backend: Any = main.app.state.service.registry.backends[NAME]
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/generate-text/", json=body, timeout=1)
+        wait_until(lambda: not backend._generations)
+        (upstream_client,) = backend.upstream._clients.values()
+        pool = upstream_client._transport._pool
+        wait_until(lambda: all(c.is_idle() or c.is_closed() for c in pool.connections))
+        assert [asked.get("seed") for _, asked in provider.asked][-2:] in ([1, 2], [2, 1])
+        gate.set()
+
+
 def test_refused_field_that_makes_the_answers_form_is_named() -> None:
     with behind(openai_rules) as (client, _):
         for body in ({"logprobs": 1}, {"echo": True}):
