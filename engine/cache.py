@@ -261,9 +261,9 @@ def _weights(
 
 def _num_kv_heads(config: PretrainedConfig) -> int:
     heads: int = config.num_attention_heads
-    if config.model_type == "falcon":  # which calls them otherwise
-        if config.new_decoder_architecture:
-            return config.num_kv_heads
+    if getattr(config, "new_decoder_architecture", False):  # Falcon's
+        return config.num_kv_heads
+    if hasattr(config, "multi_query"):  # Falcon's and GPT-BigCode's
         return 1 if config.multi_query else heads
     return getattr(config, "num_key_value_heads", None) or heads
 
