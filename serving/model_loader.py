@@ -12,6 +12,7 @@ import httpx
 import torch
 
 from backends.external import ExternalBackend
+from backends.generation_config import AuthorsDefaults, read_generation_config
 from backends.local import LocalBackend
 from backends.reader import Reader
 from backends.upstream import Upstream
@@ -57,6 +58,27 @@ def log_prompts(prompts: str | list[str]) -> None:
     add_to_log(prompt=prompts)
 
 
+def tell_of_defaults(name: str, defaults: AuthorsDefaults) -> None:
+    """Logs what a model's generation_config.json changes, and what of it is left out."""
+    of_openai = [f"{field}={value}" for field, value in defaults.sampling.items()]
+    if defaults.max_new_tokens:
+        of_openai.append(f"max_new_tokens={defaults.max_new_tokens} (chat)")
+    if of_openai or defaults.rule_names:
+        logger.info(
+            "generation_config.json of %s: default on /v1: %s; in force on every route: %s; "
+            "GENERATION_CONFIG=none turns this off",
+            name,
+            ", ".join(of_openai) or "nothing",
+            ", ".join(defaults.rule_names) or "nothing",
+        )
+    if defaults.not_applied:
+        logger.warning(
+            "generation_config.json of %s asks for %s, which is not applied",
+            name,
+            ", ".join(defaults.not_applied),
+        )
+
+
 class ModelLoader:
     """Makes backends as the settings say, and loads their models again.
 
@@ -97,6 +119,10 @@ class ModelLoader:
             on_step=metrics.observe,
             on_model_needed=partial(self.on_model_needed, name),
         )
+        defaults = None
+        if settings.generation_config == "auto":
+            defaults = read_generation_config(generator.model.generation_config, engine.vocab_size)
+            tell_of_defaults(name, defaults)
         backend = LocalBackend(
             name,
             generator,
@@ -104,6 +130,7 @@ class ModelLoader:
             content_filter=self.content_filter,
             request_timeout_seconds=settings.request_timeout_seconds,
             reader=self.reader,
+            defaults=defaults,
             log_prompts=self.log_prompts,
         )
         metrics.watch(backend)

@@ -48,6 +48,11 @@ class Settings(BaseSettings):
         description="`int8` packs weights to 8 bits (CPU only); seeds then hold only for "
         "requests that run alone.",
     )
+    generation_config: Literal["auto", "none"] = Field(
+        default="auto",
+        description="`auto` takes what a model's `generation_config.json` asks for; `none` nothing "
+        "of it but which tokens end a text.",
+    )
     torch_num_threads: int | None = Field(
         default=None, ge=1, description="Unset: the cores that the process may use."
     )
