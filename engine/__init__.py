@@ -9,7 +9,7 @@ All engines of a process compute in one thread, a step of each in turn.
     Engine.place(client, …)            --> Scheduler.num_queued (bounded; full = refused at once)
     Engine.submit_all(prompts, …)      --> Scheduler.waiting
                                            Engine.step: schedule    (scheduler.py)
-                                                        forward     (model_runner.py, cache.py)
+                                                        forward     (model_runner.py, attention.py)
                                                         sample      (sampler.py)
                                                         postprocess (output.py)
     Engine.stream(request)             <-- one loop.call_soon_threadsafe a step, all deltas together
