@@ -54,6 +54,7 @@ CONTEXT_TOKENS = 256
 WINDOW_TOKENS = 16
 CHUNK_TOKENS = 32
 VOCAB_SIZE = 512
+MAX_PARAMETERS = 20_000_000
 # Log probabilities may be off by so much: float32 was off by 0.0006 at most, in models that are
 # right (see docs/models.md), and what was wrong by 0.02 at least.
 TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 0.5}
@@ -229,6 +230,10 @@ def randomize(model: Any) -> None:
 
 def make_checkpoint(model_type: str, folder: str) -> None:
     config = small_config(model_type)
+    with torch.device("meta"):
+        num_parameters = AutoModelForCausalLM.from_config(config).num_parameters()
+    if num_parameters > MAX_PARAMETERS:
+        raise ValueError(f"{num_parameters:,} parameters, however small its configuration")
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     randomize(model)
     model.save_pretrained(folder)
