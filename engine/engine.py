@@ -7,12 +7,14 @@ import math
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Generator
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.delivery import Outbox, fail
 from engine.kernels import choose_kernel
+from engine.model_check import ModelCheck
 from engine.model_runner import ModelRunner
 from engine.output import OutputProcessor
 from engine.request import (
@@ -35,6 +37,7 @@ from engine.weights import return_freed_memory
 logger = logging.getLogger("engine")
 
 MAX_FAILED_STEPS = 3  # in a row, before the engine counts as unhealthy
+Result = TypeVar("Result")
 PROBE_SECONDS = 1.0  # between attempts of an unhealthy engine to run one token
 
 
@@ -111,21 +114,32 @@ class Engine:
         return self.runner.model
 
     def load(self, model: PreTrainedModel) -> None:
-        """Takes the model, the same one as ever; what waits runs from here on."""
+        """Takes the model, the same one as ever; what waits runs from here on.
+
+        The first time, it is checked: raises ValueError for a model that would give wrong text.
+        """
+        check = None
+        if self._row_range is None:
+            check = self._compute(ModelCheck, model, self.max_model_len)
         runner = ModelRunner(
             model,
             max_num_seqs=self.scheduler.max_num_seqs,
             max_model_len=self.max_model_len,
             kernel=self.kernel,
         )
+        if check:
+            self._compute(check.compare, runner)
         if self._row_range is None:
-            measuring = self._computing_thread.submit(runner.measure_batch_invariance)
-            self._row_range = measuring.result()
+            self._row_range = self._compute(runner.measure_batch_invariance)
         runner.min_rows, runner.max_rows = self._row_range
         with self._lock:
             self._unload_before_id = math.inf
             self._runner = runner
             self._wake()
+
+    def _compute(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """What a function gives in the computing thread."""
+        return self._computing_thread.submit(function, *arguments).result()
 
     def unload(self) -> None:
         """Gives the model's memory back as soon as all requests of before have finished.

@@ -22,6 +22,7 @@ out of the table, with the reason.
 
 import argparse
 import asyncio
+import itertools
 import logging
 import os
 import sys
@@ -81,10 +82,10 @@ SIZES: dict[str, Any] = {
     "n_layers": 4,
     "num_layers": 4,
     "decoder_layers": 4,
-    "encoder_layers": 2,
+    "encoder_layers": 4,
     "num_decoder_layers": 4,
-    "num_encoder_layers": 2,
-    "num_layers_per_stack": 4,
+    "num_encoder_layers": 4,
+    "num_layers_per_stack": 2,
     # Heads
     "num_attention_heads": 4,
     "n_head": 4,
@@ -196,19 +197,104 @@ SIZES: dict[str, Any] = {
     "decoder_start_token_id": 1,
 }
 
-FULL_AND_WINDOW = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+NUM_LAYERS = 4
+# Attention over latent vectors, whose keys have another size than values.
+LATENT: dict[str, Any] = {"num_key_value_heads": 4, "head_dim": None, "v_head_dim": 12}
+LONGROPE: dict[str, Any] = {
+    "original_max_position_embeddings": 64,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 64,
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0] * 8,
+    },
+}
 
-# What these configurations need besides, by `model_type`. A value of None leaves one out of SIZES.
-SPECIAL: dict[str, dict[str, Any]] = {}
+# What these need besides, by `model_type` and, where one is checked in several forms, a few words
+# about the form. A value of None leaves a size out.
+SPECIAL: dict[str, dict[str, Any]] = {
+    "axk1": LATENT,
+    "axk2": LATENT,
+    "bailing_hybrid": {"layer_group_size": 2},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "bert as a decoder": {"is_decoder": True},
+    "deepseek_v2": LATENT,
+    "deepseek_v3": LATENT,
+    "deepseek_v32": LATENT,
+    "dots1": {"n_shared_experts": 1},
+    "falcon alibi": {"alibi": True},
+    "falcon new decoder": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "gemma3n_text": {"num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.0] * NUM_LAYERS},
+    "glm4_moe_lite": LATENT,
+    "glm_moe_dsa": LATENT,
+    "gpt2 scaled by layer": {"scale_attn_by_inverse_layer_idx": True},
+    "gpt_bigcode one head each": {"multi_query": False},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "llama dynamic rope": {
+        "rope_parameters": {
+            "rope_type": "dynamic",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+        "max_position_embeddings": 64,
+    },
+    "llama yarn rope": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "longcat_flash": LATENT,
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "minicpm3": LATENT,
+    "mistral no window": {"sliding_window": None},
+    "mixtral no window": {"sliding_window": None},
+    "phi3 longrope": LONGROPE | {"sliding_window": None},
+    "phimoe no window": {"sliding_window": None},
+    "qwen2 window": {"use_sliding_window": True, "max_window_layers": 2},
+    "reformer": {"is_decoder": True},
+    "starcoder2 no window": {"sliding_window": None},
+    "xmod": {"default_language": "en_XX"},
+    "youtu": LATENT,
+}
 
 
-def small_config(model_type: str) -> Any:
+def all_names() -> list[str]:
+    """Every `model_type` of a causal language model, and the forms that some are checked in."""
+    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *SPECIAL})
+
+
+def model_type_of(name: str) -> str:
+    return name.partition(" ")[0]
+
+
+def small_config(name: str) -> Any:
     """A configuration of the architecture in small. Raises what its own checks raise."""
-    config_class = CONFIG_MAPPING[model_type]
+    config_class = CONFIG_MAPPING[model_type_of(name)]
     known = config_class().to_dict()
-    sizes = {name: size for name, size in SIZES.items() if name in known}
-    sizes |= SPECIAL.get(model_type, {})
-    return config_class(**{name: size for name, size in sizes.items() if size is not None})
+    sizes = {field: size for field, size in SIZES.items() if field in known}
+    for field in ("layer_types", "mlp_layer_types"):
+        if kinds := known.get(field):  # each kind in turn, however rare it is in the large model
+            in_turn = itertools.cycle(dict.fromkeys(kinds))
+            sizes[field] = list(itertools.islice(in_turn, NUM_LAYERS))
+    sizes |= SPECIAL.get(name, {})
+    # No window is one of the sizes that a window can have; for others, None is the default.
+    return config_class(
+        **{
+            field: size
+            for field, size in sizes.items()
+            if size is not None or field == "sliding_window"
+        }
+    )
 
 
 @torch.no_grad()
@@ -228,8 +314,8 @@ def randomize(model: Any) -> None:
             weight.add_(torch.randn_like(weight) * 0.3)
 
 
-def make_checkpoint(model_type: str, folder: str) -> None:
-    config = small_config(model_type)
+def make_checkpoint(name: str, folder: str) -> None:
+    config = small_config(name)
     with torch.device("meta"):
         num_parameters = AutoModelForCausalLM.from_config(config).num_parameters()
     if num_parameters > MAX_PARAMETERS:
@@ -307,7 +393,7 @@ def difference(expected: Greedy, got: Delta, tolerance: float) -> tuple[float, s
 
 @dataclass
 class Verdict:
-    model_type: str
+    name: str
     class_name: str
     outcome: str  # right, refused, WRONG, left out
     reason: str
@@ -319,11 +405,11 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def check(model_type: str, dtype: torch.dtype, tokenizer: Any, options: dict[str, Any]) -> Verdict:
-    class_name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+def check(name: str, dtype: torch.dtype, tokenizer: Any, options: dict[str, Any]) -> Verdict:
+    class_name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type_of(name)]
     try:
         with tempfile.TemporaryDirectory() as folder:
-            make_checkpoint(model_type, folder)
+            make_checkpoint(name, folder)
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         class_name = type(model).__name__
         model.generation_config = GenerationConfig()  # no end of text, nothing banned
@@ -333,28 +419,28 @@ def check(model_type: str, dtype: torch.dtype, tokenizer: Any, options: dict[str
     except Exception as error:
         logging.debug("%s", traceback.format_exc())
         reason = f"{type(error).__name__}: {first_line(error)}"
-        return Verdict(model_type, class_name, "left out", reason)
+        return Verdict(name, class_name, "left out", reason)
     try:
         engine = Engine(model, tokenizer, max_num_seqs=16, num_threads=1, **options)
     except Exception as error:
         logging.debug("%s", traceback.format_exc())
         kind = "refused" if isinstance(error, ValueError) else "WRONG"
-        return Verdict(model_type, class_name, kind, first_line(error))
+        return Verdict(name, class_name, kind, first_line(error))
     try:
-        return compare(model_type, class_name, engine, expected, TOLERANCES[dtype])
+        return compare(name, class_name, engine, expected, TOLERANCES[dtype])
     finally:
         engine.stop()
 
 
 def compare(
-    model_type: str, class_name: str, engine: Engine, expected: list[Greedy], tolerance: float
+    name: str, class_name: str, engine: Engine, expected: list[Greedy], tolerance: float
 ) -> Verdict:
     try:
         got = asyncio.run(engine_generate(engine, prompts()))
     except (InferenceError, TimeoutError, ValueError) as error:
         cause = error.__cause__ or error
         reason = f"fails at a request: {type(cause).__name__}: {first_line(cause)}"
-        return Verdict(model_type, class_name, "WRONG", reason)
+        return Verdict(name, class_name, "WRONG", reason)
     differences = [
         difference(mine, answer, tolerance) for mine, answer in zip(expected, got, strict=True)
     ]
@@ -366,13 +452,15 @@ def compare(
     ]
     if wrong:
         reason = f"{len(wrong)} of {len(got)} texts; {wrong[0]}"
-        return Verdict(model_type, class_name, "WRONG", reason, largest)
-    return Verdict(model_type, class_name, "right", "", largest)
+        return Verdict(name, class_name, "WRONG", reason, largest)
+    return Verdict(name, class_name, "right", "", largest)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model_types", nargs="*", help="as in config.json; all if none is named")
+    parser.add_argument(
+        "names", nargs="*", help="as `model_type` in config.json; all if none is named"
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--quantization", choices=["int8"])
     parser.add_argument("--verbose", action="store_true", help="show where an error came from")
@@ -385,15 +473,15 @@ def main() -> None:
     torch.set_num_threads(1)  # of this thread, and of the engine's below
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "gpt2-tales")
     verdicts = []
-    for model_type in arguments.model_types or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    for name in arguments.names or all_names():
         started_seconds = time.monotonic()
         dtype = getattr(torch, arguments.dtype)
         options = {"quantization": arguments.quantization}
-        verdict = check(model_type, dtype, tokenizer, options)
+        verdict = check(name, dtype, tokenizer, options)
         verdicts.append(verdict)
         seconds = time.monotonic() - started_seconds
         print(
-            f"{verdict.outcome:9}{model_type:26}{verdict.class_name:38}{verdict.largest:8.1e} "
+            f"{verdict.outcome:9}{name:26}{verdict.class_name:38}{verdict.largest:8.1e} "
             f"{seconds:5.1f} s  {verdict.reason}",
             flush=True,
         )

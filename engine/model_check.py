@@ -1,0 +1,214 @@
+"""Whether a runner computes what its model computes by itself: looked at once, at load.
+
+A model's attention, positions or state may differ in many ways from what the engine expects, and
+each of them gives fluent wrong text. So no model is believed to be like others: it is compared.
+"""
+
+import inspect
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from engine.model_runner import ModelRunner
+from engine.request import EngineRequest, Prompt, SamplingParams, Sequence
+
+logger = logging.getLogger("engine")
+
+# The first runs alone, then all together. The longest has a pass of its own, as prompts above
+# SHORT_PROMPT_TOKENS have; the others share one.
+PROMPT_TOKENS = (11, 1, 5, 40)
+NUM_NEW_TOKENS = 4
+# Tokens times parameters that may go through the model: at 1e9 parameters about ten seconds of
+# two cores, with what the runner computes of them.
+MAX_WORK = 5e11
+# Where a configuration says how far back something sees, or from where on something changes. A
+# longer text is compared too, where MAX_WORK allows it.
+LIMITS = (
+    "sliding_window",
+    "sliding_window_size",
+    "attention_window_size",
+    "attention_chunk_size",
+    "local_attention",
+    "window_size",
+    "keep_window_size",
+    "index_topk",
+    "original_max_position_embeddings",
+)
+# By how much of their spread logits may be off; docs/models.md tells what was measured.
+BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.25}
+INT8_BOUND = 0.5
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+BANNED_LOGIT = -1e30  # what models give tokens that they never say is below
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A text, and what the model by itself computes for it.
+
+    logits: (1 + NUM_NEW_TOKENS, vocab) float32, after the prompt and after each new token.
+    """
+
+    prompt_token_ids: list[int]
+    new_token_ids: list[int]
+    logits: Tensor
+
+    def new_sequence(self) -> Sequence:
+        prompt = Prompt(self.prompt_token_ids, None)
+        return Sequence(EngineRequest(prompt, SamplingParams(), False, None), 0, 0)
+
+
+class ModelCheck:
+    """Texts of random tokens, and what a model by itself computes for them.
+
+    model: as it was loaded; nothing of it may have been changed yet.
+    max_model_len: tokens that a text may have.
+    Raises ValueError for a model that fails by itself, or that looks at tokens to come.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: PreTrainedModel, max_model_len: int):
+        model.eval()
+        self.model_name = type(model).__name__
+        self.suspicion = suspicion(model)
+        vocab_size = model.config.get_text_config().vocab_size
+        generator = torch.Generator().manual_seed(0)
+        self.references = []
+        for length in choose_lengths(model, max_model_len):
+            size = (length + NUM_NEW_TOKENS,)
+            token_ids = torch.randint(vocab_size, size, generator=generator).tolist()
+            logits = self._own_logits(model, token_ids, 1 + NUM_NEW_TOKENS)
+            self.references.append(Reference(token_ids[:length], token_ids[length:], logits))
+        first = self.references[0]
+        unaware = self._own_logits(model, first.prompt_token_ids, 1)
+        if difference(unaware[0], first.logits[0]) > BOUNDS[model.dtype]:
+            raise ValueError(
+                f"{self.model_name} is no causal language model{self.suspicion}: what it computes "
+                "for a token depends on those that come after it, as in an encoder"
+            )
+
+    def _own_logits(self, model: PreTrainedModel, token_ids: list[int], num_rows: int) -> Tensor:
+        """(num_rows, vocab) float32, of the last tokens. Raises ValueError if the model fails."""
+        options = {}
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            options["logits_to_keep"] = num_rows
+        input_ids = torch.tensor([token_ids], device=model.device)
+        try:
+            output = model(input_ids=input_ids, use_cache=False, **options)
+            logits: Tensor = output.logits[0, -num_rows:].float()
+        except Exception as error:  # whatever a model's own code raises
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{self.model_name} does not run by itself: {reason}") from error
+        if logits.isnan().any():
+            raise ValueError(f"{self.model_name} computes NaN by itself")
+        return logits
+
+    @torch.inference_mode()
+    def compare(self, runner: ModelRunner) -> None:
+        """Raises ValueError where the runner computes something else than the model did."""
+        first, *others = self.references
+        self._run(runner, [first], [], "alone")
+        if room := runner.max_num_seqs - 1:
+            together = others[:room]
+            self._run(runner, [first, *together[:2]], together[2:], "beside others")
+
+    def _run(
+        self, runner: ModelRunner, begin: list[Reference], join: list[Reference], where: str
+    ) -> None:
+        """Compares after each step; some texts begin, others join them in the next step."""
+        bound = bound_of(runner)
+        running: list[tuple[Reference, Sequence]] = []
+        for new in (begin, join, *([] for _ in range(NUM_NEW_TOKENS - 1))):
+            running += [(reference, reference.new_sequence()) for reference in new]
+            logits = self._logits(runner, [seq for _, seq in running], len(new))
+            for (reference, seq), row in zip(running, logits, strict=True):
+                num_new_tokens = len(seq.output_token_ids)
+                error = difference(row, reference.logits[num_new_tokens])
+                if not error <= bound:
+                    problem = self._problem(reference, num_new_tokens, where, error, bound)
+                    raise ValueError(problem)
+                seq.output_token_ids += reference.new_token_ids[num_new_tokens:][:1]
+
+    def _logits(self, runner: ModelRunner, running: list[Sequence], num_new: int) -> Tensor:
+        """As `ModelRunner.forward`. Raises ValueError for whatever the model's own code raises."""
+        try:
+            return runner.forward(running, num_new)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"{self.model_name} does not run in this engine{self.suspicion}: {reason}"
+            ) from error
+
+    def _problem(
+        self, reference: Reference, num_new_tokens: int, where: str, error: float, bound: float
+    ) -> str:
+        length = len(reference.prompt_token_ids)
+        after = f"{num_new_tokens} token(s) after" if num_new_tokens else "after"
+        return (
+            f"{self.model_name} would give wrong text here{self.suspicion}: {after} a prompt of "
+            f"{length} tokens, {where}, its logits are {error:.2g} of their spread away from the model's "
+            f"own, and rounding explains {bound:g}; docs/models.md lists what can be served"
+        )
+
+
+def difference(got: Tensor, wanted: Tensor) -> float:
+    """By how much logits (vocab,) differ, as a part of the spread of those wanted; NaN if any is.
+
+    A root of mean squares. What all have in common does not count: it changes no probability.
+    """
+    is_wanted = wanted > BANNED_LOGIT
+    got, wanted = got[is_wanted].double(), wanted[is_wanted].double()
+    spread = wanted.std(correction=0).clamp(min=torch.finfo(torch.float32).tiny)
+    return float((got - wanted).std(correction=0) / spread)
+
+
+def bound_of(runner: ModelRunner) -> float:
+    """The difference that rounding explains."""
+    return INT8_BOUND if runner.kernel.name.startswith("int8") else BOUNDS[runner.model.dtype]
+
+
+def choose_lengths(model: PreTrainedModel, max_model_len: int) -> list[int]:
+    """The tokens of each prompt: one is beyond each of the model's limits, where that can be.
+
+    The longest are left out until MAX_WORK suffices; the first stays in any case.
+    """
+    most_tokens = max(1, max_model_len - NUM_NEW_TOKENS)
+    budget_tokens = MAX_WORK / sum(weight.numel() for weight in model.parameters())
+    first, *lengths = [min(length, most_tokens) for length in PROMPT_TOKENS]
+    while lengths and first + sum(lengths) > budget_tokens:
+        lengths.remove(max(lengths))
+    # The longest of these is beyond all limits.
+    limits = sorted(limit for limit in limits_of(model) if limit < most_tokens)
+    for limit in reversed(limits):
+        # Half as long again: what a few tokens change that should not be seen is little.
+        length = min(limit * 3 // 2, most_tokens)
+        if first + sum(lengths) + length <= budget_tokens:
+            return [first, *lengths, length]
+        logger.info(
+            "%s is compared with the engine only in texts of less than %d tokens: it is large",
+            type(model).__name__,
+            limit,
+        )
+    return [first, *lengths]
+
+
+def limits_of(model: PreTrainedModel) -> set[int]:
+    """The numbers of tokens that the configuration has under the names of LIMITS."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    places = [config.to_dict(), rope, *(each for each in rope.values() if isinstance(each, dict))]
+    found = (place.get(name) for place in places for name in LIMITS)
+    return {limit for limit in found if isinstance(limit, int) and limit > 0}
+
+
+def suspicion(model: PreTrainedModel) -> str:
+    """What about a model is unusual, as an apposition; for whoever is told that it is refused."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or []) - ATTENTION_LAYERS
+    if kinds:
+        return f" (it has layers of the kind {', '.join(sorted(kinds))})"
+    if model._is_stateful:
+        return " (it has recurrent layers)"
+    return ""
