@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Generator
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.delivery import Outbox, fail
 from engine.kernels import choose_kernel
-from engine.model_check import ModelCheck
+from engine.model_check import checked_runner
 from engine.model_runner import ModelRunner
 from engine.output import OutputProcessor
 from engine.request import (
@@ -118,19 +119,18 @@ class Engine:
 
         The first time, it is checked: raises ValueError for a model that would give wrong text.
         """
-        check = None
-        if self._row_range is None:
-            check = self._compute(ModelCheck, model, self.max_model_len)
-        runner = ModelRunner(
+        new_runner = partial(
+            ModelRunner,
             model,
             max_num_seqs=self.scheduler.max_num_seqs,
             max_model_len=self.max_model_len,
-            kernel=self.kernel,
         )
-        if check:
-            self._compute(check.compare, runner)
         if self._row_range is None:
+            arguments = (model, self.kernel, self.max_model_len, new_runner)
+            runner = self._compute(checked_runner, *arguments)
             self._row_range = self._compute(runner.measure_batch_invariance)
+        else:
+            runner = new_runner(kernel=self.kernel)
         runner.min_rows, runner.max_rows = self._row_range
         with self._lock:
             self._unload_before_id = math.inf
