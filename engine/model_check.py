@@ -7,6 +7,7 @@ each of them gives fluent wrong text. So no model is believed to be like others:
 import asyncio
 import inspect
 import logging
+import math
 import statistics
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
@@ -154,7 +155,7 @@ class ModelCheck:
             output = model(input_ids=input_ids, use_cache=False, **options)
             logits: Tensor = output.logits[0, -num_rows:].float()
         except Exception as error:  # whatever a model's own code raises
-            reason = f"{type(error).__name__}: {error}"
+            reason = in_a_line(error)
             raise ValueError(f"{self.model_name} does not run by itself: {reason}") from error
         if logits.isnan().any():
             raise ValueError(f"{self.model_name} computes NaN by itself")
@@ -194,7 +195,7 @@ class ModelCheck:
             # One row may be far away: where two experts are nearly as good, rounding decides.
             typical = statistics.median(differences)
             logger.debug("%d tokens, %s: %s", len(reference.prompt_token_ids), where, differences)
-            if not typical <= bound:
+            if typical > bound:
                 raise ValueError(self._problem(len(reference.prompt_token_ids), where, typical))
 
     def _logits(self, runner: ModelRunner, running: list[Sequence], num_new: int) -> Tensor:
@@ -202,7 +203,7 @@ class ModelCheck:
         try:
             return runner.forward(running, num_new)
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
+            reason = in_a_line(error)
             raise ValueError(
                 f"{self.model_name} does not run in this engine{self.suspicion}: {reason}"
             ) from error
@@ -216,15 +217,21 @@ class ModelCheck:
         )
 
 
-def difference(got: Tensor, wanted: Tensor) -> float:
-    """By how much logits (vocab,) differ, as a part of the spread of those wanted; NaN if any is.
+def in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
-    A root of mean squares. What all have in common does not count: it changes no probability.
+
+def difference(got: Tensor, wanted: Tensor) -> float:
+    """By how much logits (vocab,) differ, as a part of the spread of those wanted.
+
+    A root of mean squares, infinite where one is NaN. What all have in common does not count: it
+    changes no probability.
     """
     is_wanted = wanted > BANNED_LOGIT
     got, wanted = got[is_wanted].double(), wanted[is_wanted].double()
     spread = wanted.std(correction=0).clamp(min=torch.finfo(torch.float32).tiny)
-    return float((got - wanted).std(correction=0) / spread)
+    error = float((got - wanted).std(correction=0) / spread)
+    return math.inf if math.isnan(error) else error
 
 
 def choose_lengths(model: PreTrainedModel, max_model_len: int) -> list[int]:
