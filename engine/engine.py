@@ -54,7 +54,9 @@ class Engine:
         loaded or about to leave; to see to it that `load` is called.
 
     quantization: None or "int8".
-    Raises ValueError for a model whose attention cannot be replaced, and as `choose_kernel`.
+    Raises ValueError for a model of which it would make another text than the model does by
+    itself (`engine.model_check`), for one whose attention cannot be replaced, and as
+    `choose_kernel`.
     """
 
     def __init__(

@@ -30,6 +30,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,11 +57,17 @@ WINDOW_TOKENS = 16
 CHUNK_TOKENS = 32
 VOCAB_SIZE = 512
 MAX_PARAMETERS = 20_000_000
-# Log probabilities may be off by so much: float32 was off by 0.0006 at most, in models that are
-# right (see docs/models.md), and what was wrong by 0.02 at least.
+# By how much log probabilities may be off. In float32 it was 0.0003 at most where texts were right.
 TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 0.5}
 NUM_TOP = 3  # tokens whose log probabilities are compared at each position
 PAGE = ROOT / "docs" / "models.md"
+MARK = "## The table"  # of the page; what follows is written by `--write`
+HEADINGS = {
+    "right": "Served right: {}",
+    "refused": "Refused at start: {}",
+    "WRONG": "Wrong: {}",
+    "left out": "Not looked at: {}",
+}
 
 # What a configuration is given of these, if it has them.
 SIZES: dict[str, Any] = {
@@ -456,6 +463,33 @@ def compare(
     return Verdict(name, class_name, "right", "", largest)
 
 
+def write_page(verdicts: list[Verdict]) -> None:
+    """Puts the verdicts into docs/models.md, in place of those that are there."""
+    kept = PAGE.read_text().partition(MARK)[0]
+    lines = [kept + MARK]
+    for outcome, heading in HEADINGS.items():
+        rows = [verdict for verdict in verdicts if verdict.outcome == outcome]
+        if not rows:
+            continue
+        lines += ["", f"### {heading.format(len(rows))}", ""]
+        if outcome == "right":
+            lines += ["| `model_type` | class |", "|---|---|"]
+            lines += [f"| {verdict.name} | `{verdict.class_name}` |" for verdict in rows]
+        else:
+            lines += ["| `model_type` | class | why |", "|---|---|---|"]
+            lines += [
+                f"| {verdict.name} | `{verdict.class_name}` | {brief(verdict)} |"
+                for verdict in rows
+            ]
+    PAGE.write_text("\n".join([*lines, ""]))
+
+
+def brief(verdict: Verdict) -> str:
+    """The reason without what the table says beside it, or the page."""
+    reason = verdict.reason.removeprefix(verdict.class_name).partition("; docs/models.md")[0]
+    return reason.replace("|", "\\|").strip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -463,6 +497,7 @@ def main() -> None:
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--quantization", choices=["int8"])
+    parser.add_argument("--write", action="store_true", help="write the table of docs/models.md")
     parser.add_argument("--verbose", action="store_true", help="show where an error came from")
     arguments = parser.parse_args()
     level = logging.DEBUG if arguments.verbose else logging.CRITICAL
@@ -485,11 +520,10 @@ def main() -> None:
             f"{seconds:5.1f} s  {verdict.reason}",
             flush=True,
         )
-    counts = {
-        outcome: sum(each.outcome == outcome for each in verdicts)
-        for outcome in ("right", "refused", "WRONG", "left out")
-    }
-    print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+    counts = Counter(verdict.outcome for verdict in verdicts)
+    print(", ".join(f"{counts[outcome]} {outcome}" for outcome in HEADINGS))
+    if arguments.write:
+        write_page(verdicts)
     sys.exit(counts["WRONG"] > 0)
 
 
