@@ -70,8 +70,12 @@ def checked_runner(
     with in_float32(model) if is_converted else nullcontext():
         check = ModelCheck(model, max_model_len)
         if is_converted:
-            check.compare(new_runner(kernel=PLAIN), FLOAT32_BOUND)
-    runner = new_runner(kernel=kernel)
+            with check.explaining():
+                plain = new_runner(kernel=PLAIN, max_num_seqs=len(check.references))
+            check.compare(plain, FLOAT32_BOUND)
+            del plain  # and its cache
+    with check.explaining():
+        runner = new_runner(kernel=kernel)
     if is_converted:
         check.compare_alone(runner, ROUNDED_BOUND)
     else:
@@ -186,7 +190,8 @@ class ModelCheck:
         running: list[tuple[Reference, Sequence, list[float]]] = []
         for new in (begin, join, *([] for _ in range(NUM_NEW_TOKENS - 1))):
             running += [(reference, reference.new_sequence(), []) for reference in new]
-            logits = self._logits(runner, [seq for _, seq, _ in running], len(new))
+            with self.explaining():
+                logits = runner.forward([seq for _, seq, _ in running], len(new))
             for (reference, seq, differences), row in zip(running, logits, strict=True):
                 num_new_tokens = len(seq.output_token_ids)
                 differences.append(difference(row, reference.logits[num_new_tokens]))
@@ -198,14 +203,14 @@ class ModelCheck:
             if typical > bound:
                 raise ValueError(self._problem(len(reference.prompt_token_ids), where, typical))
 
-    def _logits(self, runner: ModelRunner, running: list[Sequence], num_new: int) -> Tensor:
-        """As `ModelRunner.forward`. Raises ValueError for whatever the model's own code raises."""
+    @contextmanager
+    def explaining(self) -> Generator[None]:
+        """Raises ValueError for whatever a model's code raises in the engine."""
         try:
-            return runner.forward(running, num_new)
+            yield
         except Exception as error:
-            reason = in_a_line(error)
             raise ValueError(
-                f"{self.model_name} does not run in this engine{self.suspicion}: {reason}"
+                f"{self.model_name} does not run in this engine{self.suspicion}: {in_a_line(error)}"
             ) from error
 
     def _problem(self, num_prompt_tokens: int, where: str, difference: float) -> str:

@@ -51,7 +51,6 @@ from transformers.utils import logging as transformers_logging
 from engine import Delta, Engine, InferenceError, SamplingParams
 
 PROMPT_LENGTHS = (1, 2, 3, 5, 8, 13, 21, 34, 40, 50, 70, 100)
-NEW_TOKENS = 24
 CONTEXT_TOKENS = 256
 WINDOW_TOKENS = 16
 CHUNK_TOKENS = 32
@@ -243,15 +242,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
-    "llama dynamic rope": {
-        "rope_parameters": {
-            "rope_type": "dynamic",
-            "rope_theta": 10000.0,
-            "factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
-        "max_position_embeddings": 64,
-    },
     "llama yarn rope": {
         "rope_parameters": {
             "rope_type": "yarn",
@@ -349,14 +339,14 @@ class Greedy:
 
 
 @torch.inference_mode()
-def own_generate(model: Any, prompt: list[int]) -> Greedy:
+def own_generate(model: Any, prompt: list[int], num_new_tokens: int) -> Greedy:
     """What the model itself generates for one prompt alone."""
     prompt_ids = torch.tensor([prompt])
     generated = model.generate(
         prompt_ids,
         attention_mask=torch.ones_like(prompt_ids),
         do_sample=False,
-        max_new_tokens=NEW_TOKENS,
+        max_new_tokens=num_new_tokens,
         pad_token_id=0,
         output_logits=True,
         return_dict_in_generate=True,
@@ -366,10 +356,10 @@ def own_generate(model: Any, prompt: list[int]) -> Greedy:
     return Greedy(token_ids, torch.log_softmax(logits, dim=-1))
 
 
-async def engine_generate(engine: Engine, wanted: list[list[int]]) -> list[Delta]:
-    """What the engine generates for all of them at the same time."""
+async def engine_generate(engine: Engine, num_new_tokens: int) -> list[Delta]:
+    """What the engine generates for all prompts at the same time."""
     params = SamplingParams(
-        max_new_tokens=NEW_TOKENS, temperature=0, ignore_eos=True, num_logprobs=NUM_TOP
+        max_new_tokens=num_new_tokens, temperature=0, ignore_eos=True, num_logprobs=NUM_TOP
     )
 
     async def answer(prompt: list[int]) -> Delta:
@@ -377,7 +367,7 @@ async def engine_generate(engine: Engine, wanted: list[list[int]]) -> list[Delta
         (delta,) = [delta async for delta in engine.stream(request, timeout_seconds=120)]
         return delta
 
-    return await asyncio.gather(*map(answer, wanted))
+    return await asyncio.gather(*map(answer, prompts()))
 
 
 def difference(expected: Greedy, got: Delta, tolerance: float) -> tuple[float, str]:
@@ -393,8 +383,8 @@ def difference(expected: Greedy, got: Delta, tolerance: float) -> tuple[float, s
             return largest, f"log probability off by {largest:.2g} at token {step + 1}"
         if token_id != expected.token_ids[step]:
             return largest, ""
-    if len(got.token_ids) != NEW_TOKENS:
-        return largest, f"{len(got.token_ids)} tokens instead of {NEW_TOKENS}"
+    if len(got.token_ids) != len(expected.token_ids):
+        return largest, f"{len(got.token_ids)} tokens instead of {len(expected.token_ids)}"
     return largest, ""
 
 
@@ -412,7 +402,8 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def check(name: str, dtype: torch.dtype, tokenizer: Any, options: dict[str, Any]) -> Verdict:
+def check(name: str, tokenizer: Any, arguments: argparse.Namespace) -> Verdict:
+    dtype = getattr(torch, arguments.dtype)
     class_name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type_of(name)]
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -420,7 +411,7 @@ def check(name: str, dtype: torch.dtype, tokenizer: Any, options: dict[str, Any]
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         class_name = type(model).__name__
         model.generation_config = GenerationConfig()  # no end of text, nothing banned
-        expected = [own_generate(model, prompt) for prompt in prompts()]
+        expected = [own_generate(model, prompt, arguments.new_tokens) for prompt in prompts()]
         if not all(each.logprobs.isfinite().any(-1).all() for each in expected):
             raise ValueError("its own logits are not finite")
     except Exception as error:
@@ -428,7 +419,8 @@ def check(name: str, dtype: torch.dtype, tokenizer: Any, options: dict[str, Any]
         reason = f"{type(error).__name__}: {first_line(error)}"
         return Verdict(name, class_name, "left out", reason)
     try:
-        engine = Engine(model, tokenizer, max_num_seqs=16, num_threads=1, **options)
+        options = {"quantization": arguments.quantization, "num_threads": 1}
+        engine = Engine(model, tokenizer, max_num_seqs=16, **options)
     except Exception as error:
         logging.debug("%s", traceback.format_exc())
         kind = "refused" if isinstance(error, ValueError) else "WRONG"
@@ -443,7 +435,7 @@ def compare(
     name: str, class_name: str, engine: Engine, expected: list[Greedy], tolerance: float
 ) -> Verdict:
     try:
-        got = asyncio.run(engine_generate(engine, prompts()))
+        got = asyncio.run(engine_generate(engine, len(expected[0].token_ids)))
     except (InferenceError, TimeoutError, ValueError) as error:
         cause = error.__cause__ or error
         reason = f"fails at a request: {type(cause).__name__}: {first_line(cause)}"
@@ -495,6 +487,7 @@ def main() -> None:
     parser.add_argument(
         "names", nargs="*", help="as `model_type` in config.json; all if none is named"
     )
+    parser.add_argument("--new-tokens", type=int, default=24, help="that follow each prompt")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--quantization", choices=["int8"])
     parser.add_argument("--write", action="store_true", help="write the table of docs/models.md")
@@ -510,9 +503,7 @@ def main() -> None:
     verdicts = []
     for name in arguments.names or all_names():
         started_seconds = time.monotonic()
-        dtype = getattr(torch, arguments.dtype)
-        options = {"quantization": arguments.quantization}
-        verdict = check(name, dtype, tokenizer, options)
+        verdict = check(name, tokenizer, arguments)
         verdicts.append(verdict)
         seconds = time.monotonic() - started_seconds
         print(
