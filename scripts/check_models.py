@@ -2,7 +2,6 @@
 
     python scripts/check_models.py                      # all of them, about five minutes
     python scripts/check_models.py gemma2 phi3          # these
-    python scripts/check_models.py --dtype bfloat16
     python scripts/check_models.py --write              # also writes the table of docs/models.md
 
 For each architecture that transformers can load as a causal language model, a small checkpoint
@@ -56,8 +55,8 @@ WINDOW_TOKENS = 16
 CHUNK_TOKENS = 32
 VOCAB_SIZE = 512
 MAX_PARAMETERS = 20_000_000
-# By how much log probabilities may be off. In float32 it was 0.0003 at most where texts were right.
-TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 0.5}
+# By how much log probabilities may be off; it was 0.0003 at most where texts were right.
+TOLERANCE = 2e-3
 NUM_TOP = 3  # tokens whose log probabilities are compared at each position
 PAGE = ROOT / "docs" / "models.md"
 MARK = "## The table"  # of the page; what follows is written by `--write`
@@ -338,7 +337,7 @@ class Greedy:
     logprobs: torch.Tensor
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def own_generate(model: Any, prompt: list[int], num_new_tokens: int) -> Greedy:
     """What the model itself generates for one prompt alone."""
     prompt_ids = torch.tensor([prompt])
@@ -370,7 +369,7 @@ async def engine_generate(engine: Engine, num_new_tokens: int) -> list[Delta]:
     return await asyncio.gather(*map(answer, prompts()))
 
 
-def difference(expected: Greedy, got: Delta, tolerance: float) -> tuple[float, str]:
+def difference(expected: Greedy, got: Delta) -> tuple[float, str]:
     """The largest difference of log probabilities while tokens were the same, and how the texts
     differ; "" if they do not. Tokens may differ where both are as likely, up to the tolerance;
     what follows is then another text, and is not compared."""
@@ -379,7 +378,7 @@ def difference(expected: Greedy, got: Delta, tolerance: float) -> tuple[float, s
         row = expected.logprobs[step]
         for each, logprob in [(logprobs.token_id, logprobs.logprob), *logprobs.top]:
             largest = max(largest, abs(row[each].item() - logprob))
-        if not largest <= tolerance:
+        if not largest <= TOLERANCE:
             return largest, f"log probability off by {largest:.2g} at token {step + 1}"
         if token_id != expected.token_ids[step]:
             return largest, ""
@@ -403,12 +402,11 @@ def first_line(error: BaseException) -> str:
 
 
 def check(name: str, tokenizer: Any, arguments: argparse.Namespace) -> Verdict:
-    dtype = getattr(torch, arguments.dtype)
     class_name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type_of(name)]
     try:
         with tempfile.TemporaryDirectory() as folder:
             make_checkpoint(name, folder)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         class_name = type(model).__name__
         model.generation_config = GenerationConfig()  # no end of text, nothing banned
         expected = [own_generate(model, prompt, arguments.new_tokens) for prompt in prompts()]
@@ -419,30 +417,25 @@ def check(name: str, tokenizer: Any, arguments: argparse.Namespace) -> Verdict:
         reason = f"{type(error).__name__}: {first_line(error)}"
         return Verdict(name, class_name, "left out", reason)
     try:
-        options = {"quantization": arguments.quantization, "num_threads": 1}
-        engine = Engine(model, tokenizer, max_num_seqs=16, **options)
+        engine = Engine(model, tokenizer, max_num_seqs=16, num_threads=1)
     except Exception as error:
         logging.debug("%s", traceback.format_exc())
         kind = "refused" if isinstance(error, ValueError) else "WRONG"
         return Verdict(name, class_name, kind, first_line(error))
     try:
-        return compare(name, class_name, engine, expected, TOLERANCES[dtype])
+        return compare(name, class_name, engine, expected)
     finally:
         engine.stop()
 
 
-def compare(
-    name: str, class_name: str, engine: Engine, expected: list[Greedy], tolerance: float
-) -> Verdict:
+def compare(name: str, class_name: str, engine: Engine, expected: list[Greedy]) -> Verdict:
     try:
         got = asyncio.run(engine_generate(engine, len(expected[0].token_ids)))
     except (InferenceError, TimeoutError, ValueError) as error:
         cause = error.__cause__ or error
         reason = f"fails at a request: {type(cause).__name__}: {first_line(cause)}"
         return Verdict(name, class_name, "WRONG", reason)
-    differences = [
-        difference(mine, answer, tolerance) for mine, answer in zip(expected, got, strict=True)
-    ]
+    differences = [difference(mine, answer) for mine, answer in zip(expected, got, strict=True)]
     largest = max(each for each, _ in differences)
     wrong = [
         f"{length}-token prompt: {problem}"
@@ -488,8 +481,6 @@ def main() -> None:
         "names", nargs="*", help="as `model_type` in config.json; all if none is named"
     )
     parser.add_argument("--new-tokens", type=int, default=24, help="that follow each prompt")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--quantization", choices=["int8"])
     parser.add_argument("--write", action="store_true", help="write the table of docs/models.md")
     parser.add_argument("--verbose", action="store_true", help="show where an error came from")
     arguments = parser.parse_args()
