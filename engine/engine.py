@@ -11,8 +11,9 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from engine.attention import can_attend
 from engine.delivery import Outbox, fail
 from engine.kernels import choose_kernel
 from engine.model_check import checked_runner
@@ -73,11 +74,10 @@ class Engine:
         on_step: Callable[[StepStats], None] | None = None,
         on_model_needed: Callable[[], None] | None = None,
     ):
-        if not model._supports_attention_backend:
+        if not can_attend(model):
             raise ValueError(f"{type(model).__name__} does not let its attention be replaced")
         config = model.config.get_text_config()
-        windows = [config.max_position_embeddings, getattr(config, "sliding_window", None)]
-        self.max_model_len = min(n for n in (*windows, max_model_len) if n)
+        self.max_model_len = _max_model_len(config, max_model_len)
         self.vocab_size: int = config.vocab_size
         self.tokenizer = tokenizer
         self.kernel = choose_kernel(model.dtype, model.device.type, quantization)
@@ -430,6 +430,19 @@ class Engine:
     def _end(self) -> None:
         fail([*self.scheduler.running, *self.scheduler.take_waiting()], EngineStoppedError())
         self.scheduler.running = []
+
+
+def _max_model_len(config: PretrainedConfig, wanted: int | None) -> int:
+    """Tokens that a sequence may have: as many as are wanted, if the model can read them.
+
+    Raises ValueError where neither says how many.
+    """
+    names = ("max_position_embeddings", "max_seq_len", "seq_length")
+    lengths = [*(getattr(config, name, None) for name in names), wanted]
+    known = [length for length in lengths if length]
+    if not known:
+        raise ValueError("the model's configuration names no context: max_model_len has to")
+    return min(known)
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

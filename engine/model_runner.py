@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from engine.attention import supply_attention
 from engine.batch import ForwardBatch
 from engine.cache import KVCache
 from engine.kernels import Kernel
@@ -55,11 +56,12 @@ class ModelRunner:
         max_model_len: int,
         kernel: Kernel,
     ):
-        model.eval().set_attn_implementation("engine_cache")
+        model.eval()
         self.uses_huge_pages = prepare_weights(model, kernel)
         self.model, self.kernel = model, kernel
         self.max_num_seqs = max_num_seqs
         self.cache = KVCache(model, max_num_seqs, max_model_len)
+        supply_attention(model, self.cache)
         # The fewest and most rows of a pass, until they are measured.
         self.min_rows, self.max_rows = 1, max_num_seqs + SHORT_PROMPT_TOKENS
 
@@ -76,6 +78,9 @@ class ModelRunner:
         """
         num_decode = len(running) - num_admitted
         self.cache.resize(max(seq.num_tokens for seq in running), num_decode)
+        for row, seq in enumerate(running[:num_decode]):
+            if seq.num_tokens - 1 == self.cache.rope_switch_tokens:
+                self._renew(row, seq)
         plan = StepPlan()
         self._plan_decode(plan, running[:num_decode])
         self._plan_prompts(plan, running[num_decode:])
@@ -87,6 +92,12 @@ class ModelRunner:
         for source, target, num_tokens in plan.copies:
             self.cache.copy_row(source, target, num_tokens)
         return logits[plan.logit_row_of] if plan.copies else logits
+
+    def _renew(self, row: int, seq: Sequence) -> None:
+        """Computes a sequence's keys and values anew, for the length that it has now."""
+        batch = ForwardBatch(logit_rows=[0])
+        batch.add_prompt([*seq.request.prompt_token_ids, *seq.output_token_ids], row)
+        self.run(batch)
 
     def _plan_decode(self, plan: StepPlan, seqs: list[Sequence]) -> None:
         """A row for each sequence's last token, in as many passes as it takes."""
@@ -136,6 +147,8 @@ class ModelRunner:
         self.cache.begin_pass(batch)
         output = self.model(
             input_ids=torch.tensor([batch.token_ids], device=self.model.device),
+            # Without one, transformers makes masks of the positions themselves.
+            attention_mask=self.cache.positions.new_ones(1, len(batch.token_ids)),
             position_ids=self.cache.positions[None],
             logits_to_keep=torch.tensor(rows, device=self.model.device),
             use_cache=False,
