@@ -127,7 +127,7 @@ class ModelCheck:
     Raises ValueError for a model that fails by itself, or that looks at tokens to come.
     """
 
-    @torch.inference_mode()
+    @torch.no_grad()  # models keep some tensors, which inference mode would make unchangeable
     def __init__(self, model: PreTrainedModel, max_model_len: int):
         model.eval()
         self.model_name = type(model).__name__
@@ -177,7 +177,7 @@ class ModelCheck:
         """The same with the first text by itself."""
         self._run(runner, self.references[:1], [], bound, "alone")
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _run(
         self,
         runner: ModelRunner,

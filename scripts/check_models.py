@@ -396,9 +396,8 @@ class Verdict:
     largest: float = 0.0
 
 
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def in_a_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def check(name: str, tokenizer: Any, arguments: argparse.Namespace) -> Verdict:
@@ -414,14 +413,14 @@ def check(name: str, tokenizer: Any, arguments: argparse.Namespace) -> Verdict:
             raise ValueError("its own logits are not finite")
     except Exception as error:
         logging.debug("%s", traceback.format_exc())
-        reason = f"{type(error).__name__}: {first_line(error)}"
+        reason = f"{type(error).__name__}: {in_a_line(error)}"
         return Verdict(name, class_name, "left out", reason)
     try:
         engine = Engine(model, tokenizer, max_num_seqs=16, num_threads=1)
     except Exception as error:
         logging.debug("%s", traceback.format_exc())
         kind = "refused" if isinstance(error, ValueError) else "WRONG"
-        return Verdict(name, class_name, kind, first_line(error))
+        return Verdict(name, class_name, kind, in_a_line(error))
     try:
         return compare(name, class_name, engine, expected)
     finally:
@@ -433,7 +432,7 @@ def compare(name: str, class_name: str, engine: Engine, expected: list[Greedy]) 
         got = asyncio.run(engine_generate(engine, len(expected[0].token_ids)))
     except (InferenceError, TimeoutError, ValueError) as error:
         cause = error.__cause__ or error
-        reason = f"fails at a request: {type(cause).__name__}: {first_line(cause)}"
+        reason = f"fails at a request: {type(cause).__name__}: {in_a_line(cause)}"
         return Verdict(name, class_name, "WRONG", reason)
     differences = [difference(mine, answer) for mine, answer in zip(expected, got, strict=True)]
     largest = max(each for each, _ in differences)

@@ -9,8 +9,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from tests.support import ROOT
 
 MOST_USED = (
-    "gpt2", "llama", "qwen2", "qwen3", "mistral no window", "gemma", "mixtral no window",
-    "gpt_neox", "opt", "olmo2",
+    "gpt2", "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt_neox",
+    "opt",
 )  # fmt: skip
 
 

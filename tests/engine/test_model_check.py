@@ -13,6 +13,8 @@ from transformers import (
     Lfm2Config,
     Lfm2ForCausalLM,
     LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
 )
 
 from engine import Engine, engine
@@ -97,6 +99,24 @@ def test_model_that_fails_by_itself_is_refused() -> None:
     model.forward = fail
     with pytest.raises(ValueError, match="does not run by itself: RuntimeError: injected"):
         Engine(model, tokenizer, num_threads=1)
+
+
+def test_model_that_keeps_tensors_of_a_pass_is_served() -> None:
+    """The check ran in inference mode: the frequencies that this model keeps could not be changed
+    afterwards, and it was refused."""
+    if what_is_wrong_with(ONEDNN, torch.bfloat16):
+        pytest.skip("no kernel for this on this processor")
+    rope: dict[str, Any] = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 64,
+    }
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    more = {"original_max_position_embeddings": 64, "rope_parameters": rope, "pad_token_id": 0}
+    model = make(Phi3ForCausalLM, Phi3Config, sliding_window=None, **more)
+    made = Engine(model.to(torch.bfloat16), tokenizer, num_threads=1)
+    assert made.is_loaded
+    made.stop()
 
 
 def test_model_is_checked_once_and_not_each_time_it_comes_back(
