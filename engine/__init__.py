@@ -56,6 +56,7 @@ from engine.request import (
 )
 from engine.scheduler import is_within_share
 from engine.threads import available_cores
+from engine.token_rules import TokenRules
 
 __all__ = [
     "Delta",
@@ -73,6 +74,7 @@ __all__ = [
     "StepStats",
     "TextFilter",
     "TextReading",
+    "TokenRules",
     "available_cores",
     "choose_kernel",
     "instruction_set",
