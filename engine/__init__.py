@@ -19,6 +19,9 @@ Ownership: only that thread touches the model, the cache, the running set and th
 a sequence. `Engine._lock` guards what both sides touch: the waiting queue and whether the
 engine has its next turn. An `EngineRequest` is read by its client through its queue alone.
 
+When a model is loaded, what the engine computes is compared with what the model computes by
+itself (model_check.py); one that would give wrong text is refused.
+
 A model may leave memory (`Engine.unload`) and come back (`Engine.load`); meanwhile requests
 wait in the queue, under the same limits as ever.
 

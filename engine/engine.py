@@ -7,6 +7,8 @@ import math
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Generator
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -14,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from engine.attention import can_attend
 from engine.delivery import Outbox, fail
 from engine.kernels import choose_kernel
+from engine.model_check import checked_runner
 from engine.model_runner import ModelRunner
 from engine.output import OutputProcessor
 from engine.request import (
@@ -36,6 +39,7 @@ from engine.weights import return_freed_memory
 logger = logging.getLogger("engine")
 
 MAX_FAILED_STEPS = 3  # in a row, before the engine counts as unhealthy
+Result = TypeVar("Result")
 PROBE_SECONDS = 1.0  # between attempts of an unhealthy engine to run one token
 
 
@@ -51,7 +55,9 @@ class Engine:
         loaded or about to leave; to see to it that `load` is called.
 
     quantization: None or "int8".
-    Raises ValueError for a model whose attention cannot be replaced, and as `choose_kernel`.
+    Raises ValueError for a model of which it would make another text than the model does by
+    itself (`engine.model_check`), for one whose attention cannot be replaced, and as
+    `choose_kernel`.
     """
 
     def __init__(
@@ -111,21 +117,31 @@ class Engine:
         return self.runner.model
 
     def load(self, model: PreTrainedModel) -> None:
-        """Takes the model, the same one as ever; what waits runs from here on."""
-        runner = ModelRunner(
+        """Takes the model, the same one as ever; what waits runs from here on.
+
+        The first time, it is checked: raises ValueError for a model that would give wrong text.
+        """
+        new_runner = partial(
+            ModelRunner,
             model,
             max_num_seqs=self.scheduler.max_num_seqs,
             max_model_len=self.max_model_len,
-            kernel=self.kernel,
         )
         if self._row_range is None:
-            measuring = self._computing_thread.submit(runner.measure_batch_invariance)
-            self._row_range = measuring.result()
+            arguments = (model, self.kernel, self.max_model_len, new_runner)
+            runner = self._compute(checked_runner, *arguments)
+            self._row_range = self._compute(runner.measure_batch_invariance)
+        else:
+            runner = new_runner(kernel=self.kernel)
         runner.min_rows, runner.max_rows = self._row_range
         with self._lock:
             self._unload_before_id = math.inf
             self._runner = runner
             self._wake()
+
+    def _compute(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """What a function gives in the computing thread."""
+        return self._computing_thread.submit(function, *arguments).result()
 
     def unload(self) -> None:
         """Gives the model's memory back as soon as all requests of before have finished.

@@ -1,6 +1,7 @@
 """Runs a loaded model over the running sequences."""
 
 import itertools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -18,6 +19,8 @@ from engine.request import EngineRequest, Sequence
 from engine.sampler import collect_logprobs
 from engine.scheduler import SHORT_PROMPT_TOKENS
 from engine.weights import prepare_weights
+
+logger = logging.getLogger("engine")
 
 SCORED_TOKENS = 256  # of a prompt, whose logits are there at a time
 
@@ -200,7 +203,8 @@ class ModelRunner:
 
         Matrix kernels sum in another order from some number of rows on (a single row, more
         than 32, …), which depends on the processor. Where no range is found, every pass
-        has exactly 16 rows: the same shape takes the same kernel.
+        has exactly 16 rows: the same shape takes the same kernel. No range helps a mixture of
+        experts, each of which gets as many rows as there are tokens for it: a WARNING says so.
         """
         most = self.max_num_seqs + SHORT_PROMPT_TOKENS
         if self.model.device.type != "cpu":
@@ -208,19 +212,34 @@ class ModelRunner:
         vocab_size = self.model.config.get_text_config().vocab_size
         token_ids = np.random.default_rng(0).integers(0, vocab_size, most).tolist()
 
-        def logits(num_rows: int) -> Tensor:
+        def logits(token_ids: list[int]) -> Tensor:
+            num_rows = len(token_ids)
             num_decode = min(num_rows, self.max_num_seqs)
             batch = ForwardBatch(0, num_decode)
             batch.token_ids = token_ids[:num_decode]
             batch.positions = [0] * num_decode
             batch.cache_rows = list(range(num_decode))
-            for token_id in token_ids[num_decode:num_rows]:
+            for token_id in token_ids[num_decode:]:
                 batch.add_prompt([token_id], self.cache.padding_row)
             batch.logit_rows = list(range(num_rows))
             return self.run(batch)
 
         sizes = [n for n in (1, 2, 3, 4, 5, 8, 12, 16, 24, 32, 33, 48, 64) if n < most] + [most]
-        measured = {n: logits(n) for n in sizes}
+        measured = {n: logits(token_ids[:n]) for n in sizes}
+
+        def in_other_company(num_rows: int, num_kept: int) -> Tensor:
+            return logits(token_ids[:num_kept] + token_ids[:1] * (num_rows - num_kept))
+
+        if not all(
+            torch.equal(in_other_company(n, n // 2)[: n // 2], measured[n][: n // 2])
+            for n in (4, 8, 16, most)
+        ):
+            logger.warning(
+                "%s: the same seed gives the same text only for requests that run alone, as what "
+                "is computed for a token depends on which others are there",
+                type(self.model).__name__,
+            )
+            return 1, most
         for fewest in (1, 2, 4):
             last = fewest
             for smaller, larger in itertools.pairwise(n for n in sizes if n >= fewest):

@@ -34,7 +34,8 @@ def prepare_weights(model: PreTrainedModel, kernel: Kernel) -> bool:
     pack_layers(model, kernel)
     if type(model) is GPT2LMHeadModel and not model.config.add_cross_attention:
         model.forward = gpt2_forward(model)
-    return_freed_memory()
+    if kernel.pack:  # else nothing was freed
+        return_freed_memory()
     packed = [module.weight for module in model.modules() if isinstance(module, PackedLinear)]
     return move_to_huge_pages(packed)
 
