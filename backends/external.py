@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import aclosing, contextmanager
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -65,6 +66,7 @@ BYTES_A_TOKEN = 4  # of a prompt, about; only the other server can count them
 TAIL_SECONDS = 1.0  # what follows the last text gets this long: the usage, the stream's end
 # Fields of the client's body that the other server gets in another form, or not at all.
 OUR_FIELDS = {"model", "stream", "stream_options", "best_of"}
+MOST_TOKENS = {"max_tokens", "max_completion_tokens"}
 
 
 class ExternalGeneration(Generation):
@@ -253,8 +255,9 @@ class ExternalBackend(Backend):
         sent = {
             "prompt": prompt,
             "max_tokens": new_token_budget(params, num_prompt_tokens, context_tokens),
-            "temperature": params.temperature,
-            "top_p": params.top_p,
+            # Not every server takes 0 for the likeliest token.
+            "temperature": params.temperature if params.top_p else 0,
+            "top_p": params.top_p or 1,
             "n": num_sequences,
         }
         if params.seed is not None:
@@ -283,7 +286,9 @@ class ExternalBackend(Backend):
             changes = {"n": body.num_drawn, "logprobs": body.logprobs or 0}
         # The text of an echo begins with the prompt, so that the filter need not be told of it.
         before = ["" for _ in texts] if body.echo else texts
-        num_new_tokens = num_sequences * body.max_tokens
+        context_tokens = self.max_model_len or sys.maxsize
+        max_tokens = context_tokens if body.most_tokens is None else body.most_tokens
+        num_new_tokens = num_sequences * min(max_tokens, context_tokens)
         return await self._submit_openai(
             "completions", body, texts, before, changes, client, num_new_tokens
         )
@@ -295,7 +300,8 @@ class ExternalBackend(Backend):
         num_prompt_tokens = sum(map(estimated_tokens, texts))
         # Without a bound at either end it may cost more than any limit.
         context_tokens = self.max_model_len or sys.maxsize
-        max_tokens = body.most_tokens or max(0, context_tokens - num_prompt_tokens)
+        room_tokens = max(0, context_tokens - num_prompt_tokens)
+        max_tokens = room_tokens if body.most_tokens is None else min(body.most_tokens, room_tokens)
         return await self._submit_openai(
             "chat/completions", body, texts, [""], {}, client, body.n * max_tokens
         )
@@ -314,7 +320,10 @@ class ExternalBackend(Backend):
         client's body; num_new_tokens: as many as may be generated."""
         deadline = self._new_deadline()
         self.log_prompts(texts)
-        sent = body.model_dump(exclude_unset=True, exclude=OUR_FIELDS) | changes
+        # A null stands for a seed that is to be drawn.
+        sent = body.model_dump(exclude_unset=True, exclude_none=True, exclude=OUR_FIELDS) | changes
+        if route == "chat/completions" and body.most_tokens is None:  # as is said by leaving it out
+            sent = {name: sent[name] for name in sent if name not in MOST_TOKENS}
         num_sequences = sent.get("n", 1)
         held = [HeldText(body.stream) for _ in range(len(before) * num_sequences)]
         with self._place(held, client, deadline) as generation:
@@ -480,7 +489,10 @@ class ExternalBackend(Backend):
             stats.num_rollbacks = int(choice.is_cut)
         if gained:
             text, logprobs = gained
-            generation.gained.put_nowait(text_delta(received.index, text, logprobs, finish_reason))
+            delta = text_delta(received.index, text, logprobs, finish_reason)
+            if finish_reason == "stop" and isinstance(received.stop_reason, int | str):
+                delta = replace(delta, stop_reason=received.stop_reason)
+            generation.gained.put_nowait(delta)
         self.on_step(stats)
 
     def _leave_out_forbidden(self, logprobs: Logprobs | None) -> None:

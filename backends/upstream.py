@@ -48,6 +48,7 @@ class BrokenStream(Exception):
 class UpstreamChoice(BaseModel, ABC):
     index: int = Field(ge=0)
     finish_reason: FinishReason | None = None
+    stop_reason: Any = None
     logprobs: Any = None
 
     @property

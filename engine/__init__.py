@@ -48,6 +48,7 @@ from engine.request import (
     QueueFullError,
     SamplingParams,
     StepStats,
+    StopReason,
     TextFilter,
     TextReading,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "QueueFullError",
     "SamplingParams",
     "StepStats",
+    "StopReason",
     "TextFilter",
     "TextReading",
     "available_cores",

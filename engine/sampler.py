@@ -43,7 +43,8 @@ def edit_logits(logits: Tensor, seqs: SequenceOf[Sequence], eos_token_ids: Itera
         if not params.edits_logits:
             continue
         if params.repetition_penalty != 1.0:
-            ids = torch.tensor(sorted({*seq.request.prompt_token_ids, *output}))
+            tokens = [*seq.request.prompt_token_ids, *output]
+            ids = torch.tensor(sorted({*tokens[-params.repetition_penalty_range :]}))
             seen = logits[row, ids]
             penalty = params.repetition_penalty
             logits[row, ids] = torch.where(seen > 0, seen / penalty, seen * penalty)
@@ -57,7 +58,7 @@ def edit_logits(logits: Tensor, seqs: SequenceOf[Sequence], eos_token_ids: Itera
             biases = torch.tensor(list(params.logit_bias.values()), dtype=logits.dtype)
             logits[row, ids] += biases.to(logits.device)
         if len(output) < params.min_tokens:
-            logits[row, list(eos_token_ids)] = -math.inf
+            logits[row, [*eos_token_ids, *params.stop_token_ids]] = -math.inf
 
 
 def sample(logits: Tensor, seqs: SequenceOf[Sequence]) -> list[int]:
