@@ -694,6 +694,11 @@ class ChatCompletionRequest(_OpenAIRequest):
         most_tokens = next((each for each in named if each is not None), -1)
         return None if most_tokens == -1 else most_tokens
 
+    @property
+    def names_length(self) -> bool:
+        """Whether it says how long the answer may be, and be it as long as fits."""
+        return not self.model_fields_set.isdisjoint({"max_completion_tokens", "max_tokens"})
+
 
 class Usage(BaseModel):
     prompt_tokens: int = Field(examples=[4])

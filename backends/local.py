@@ -27,6 +27,7 @@ from backends.base import (
     holds_forbidden_word,
     new_token_budget,
 )
+from backends.generation_config import AuthorsDefaults
 from backends.logprobs import ChoiceLogprobs, TokenSpelling
 from backends.reader import Pieces, Reader, read_at_once
 from engine import (
@@ -49,6 +50,7 @@ class LocalBackend(Backend):
 
     generator: the pipeline; its tokenizer stays while its model is out of memory.
     content_filter: what prompts must not hold. reader: where long prompts are read.
+    defaults: what the model's author asks for, where that is to be followed.
     log_prompts: called with each request's prompts; None where they are not to be logged.
     """
 
@@ -63,6 +65,7 @@ class LocalBackend(Backend):
         content_filter: TextFilter,
         request_timeout_seconds: float,
         reader: Reader,
+        defaults: AuthorsDefaults | None = None,
         log_prompts: LogPrompts | None = None,
     ):
         self.name = name
@@ -72,6 +75,7 @@ class LocalBackend(Backend):
         self.content_filter = content_filter
         self.request_timeout_seconds = request_timeout_seconds
         self.reader = reader
+        self.defaults = defaults or AuthorsDefaults()
         self.log_prompts = log_prompts or (lambda prompts: None)
         model = engine.model
         kernel = engine.kernel.name
@@ -174,8 +178,9 @@ class LocalBackend(Backend):
                 top_p=params.top_p,
                 top_k=max(0, params.top_k),
                 seed=params.seed,
-                stop=tuple(params.stop),
+                stop=(*params.stop, *self.defaults.stop),
                 stop_token_ids=self._special_stops(params.stop),
+                rules=self.defaults.rules,
             )
             await client.reserve(num_prompt_tokens, num_sequences * sampling.max_new_tokens)
             requests = self.engine.submit_all([read], sampling, place=place, streams=streams)
@@ -187,7 +192,9 @@ class LocalBackend(Backend):
         num_logprobs = body.logprobs
         if body.num_drawn > body.n and num_logprobs is None:
             num_logprobs = 0  # the tokens' own, by which the best choices are picked
-        sampling = self._sampling_params(body, num_logprobs, body.logprobs if body.echo else None)
+        sampling = self._sampling_params(
+            body, body.most_tokens, num_logprobs, body.logprobs if body.echo else None
+        )
         num_sequences = len(body.prompts) * body.num_drawn
         self._check_num_sequences("prompt", num_sequences)
         self._check_sizes(body.prompts, body.most_tokens)
@@ -215,8 +222,9 @@ class LocalBackend(Backend):
             prompt = await self.reader.read(client, deadline, texts, self._chat_prompt(body, texts))
             num_prompt_tokens = len(prompt.token_ids)
             num_logprobs = body.top_logprobs if body.logprobs else None
-            sampling = self._sampling_params(body, num_logprobs)
-            num_new_tokens = self._num_new_tokens(prompt, body.most_tokens)
+            most_tokens = body.most_tokens if body.names_length else self.defaults.max_new_tokens
+            sampling = self._sampling_params(body, most_tokens, num_logprobs)
+            num_new_tokens = self._num_new_tokens(prompt, most_tokens)
             await client.reserve(num_prompt_tokens, body.n * num_new_tokens)
             requests = self.engine.submit_all([prompt], sampling, place=place, streams=body.stream)
         return LocalGeneration(self, requests, deadline, "chat" if body.logprobs else None)
@@ -247,6 +255,7 @@ class LocalBackend(Backend):
     def _sampling_params(
         self,
         body: models.CompletionRequest | models.ChatCompletionRequest,
+        most_tokens: int | None,
         num_logprobs: int | None,
         num_prompt_logprobs: int | None = None,
     ) -> SamplingParams:
@@ -259,30 +268,31 @@ class LocalBackend(Backend):
         if max(body.stop_token_ids, default=0) >= self.vocab_size:
             raise InvalidField("stop_token_ids", f"token ids go up to {self.vocab_size - 1}")
         # Cut by the engine to what fits after the prompt.
-        max_tokens = self.max_model_len if body.most_tokens is None else body.most_tokens
+        max_tokens = self.max_model_len if most_tokens is None else most_tokens
         if body.min_tokens > max_tokens:
             reason = f"must not be above the {max_tokens} tokens to generate"
             raise InvalidField("min_tokens", reason)
         stop_tokens = {token_id: token_id for token_id in body.stop_token_ids}
+        sampling = self.defaults.sampling_of(body)
+        sampling["top_k"] = max(0, sampling["top_k"])
+        if sampling["top_p"] == 0:
+            sampling["temperature"] = 0
         return SamplingParams(
+            **sampling,
             max_new_tokens=max_tokens,
-            temperature=body.temperature if body.top_p else 0,
-            top_k=max(0, body.top_k),
-            top_p=body.top_p,
-            min_p=body.min_p,
-            repetition_penalty=body.repetition_penalty,
             repetition_penalty_range=max(0, body.repetition_penalty_range),
             presence_penalty=body.presence_penalty,
             frequency_penalty=body.frequency_penalty,
             logit_bias=logit_bias,
             min_tokens=body.min_tokens,
             ignore_eos=body.ignore_eos,
-            stop=tuple(body.stop),
+            stop=(*body.stop, *(() if body.ignore_eos else self.defaults.stop)),
             stop_token_ids={**stop_tokens, **self._special_stops(body.stop)},
             includes_stop=body.include_stop_str_in_output,
             num_logprobs=num_logprobs,
             num_prompt_logprobs=num_prompt_logprobs,
             seed=body.seed,
+            rules=self.defaults.rules,
         )
 
     def _special_stops(self, stops: SequenceOf[str]) -> dict[int, str]:

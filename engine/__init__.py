@@ -54,6 +54,7 @@ from engine.request import (
 )
 from engine.scheduler import is_within_share
 from engine.threads import available_cores
+from engine.token_rules import TokenRules
 
 __all__ = [
     "Delta",
@@ -72,6 +73,7 @@ __all__ = [
     "StopReason",
     "TextFilter",
     "TextReading",
+    "TokenRules",
     "available_cores",
     "choose_kernel",
     "instruction_set",

@@ -16,6 +16,8 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 from tokenizers.decoders import DecodeStream
 
+from engine.token_rules import TokenRules
+
 FinishReason = Literal["stop", "length", "content_filter"]
 StopReason = int | str  # the id of a stop token, or a stop string
 
@@ -65,6 +67,7 @@ class SamplingParams:
     num_logprobs: int | None = None  # None: none; else of the token and so many likeliest ones
     num_prompt_logprobs: int | None = None  # the same for the prompt's tokens
     seed: int | None = None  # any integer, of which 64 bits count; None draws one
+    rules: TokenRules | None = None  # of the model, for all its texts
 
     @property
     def edits_logits(self) -> bool:
@@ -75,6 +78,7 @@ class SamplingParams:
             or self.frequency_penalty
             or self.logit_bias
             or self.min_tokens
+            or self.rules
         )
 
     def fitted(self, num_prompt_tokens: int, max_model_len: int) -> "SamplingParams":
