@@ -55,7 +55,7 @@ from serving.browsers import (
     read_cors_origins,
 )
 from serving.content_filter import ContentFilter
-from serving.documentation import ERRORS, EVENTS, document_vocabulary
+from serving.documentation import ERRORS, EVENTS, document_models, operation_id
 from serving.error_handlers import add_error_handlers
 from serving.http_protocol import OpenConnections
 from serving.logs import set_up_logging
@@ -133,12 +133,13 @@ app = FastAPIOffline(
     description="Text generation with GPT-2-class language models. "
     "Generated text can be wrong or offensive; check it before you use it.",
     lifespan=lifespan,
+    generate_unique_id_function=operation_id,
     # A redirect would repeat the path, which may be a prompt.
     redirect_slashes=False,
 )
 app.state.service = service
 app.router.route_class = BoundedRoute
-document_vocabulary(app, registry)
+document_models(app, registry)
 add_error_handlers(app)
 
 key_names = read_api_keys(settings)

@@ -51,6 +51,7 @@ from engine.request import (
     QueueFullError,
     SamplingParams,
     StepStats,
+    StopReason,
     TextFilter,
     TextReading,
 )
@@ -72,6 +73,7 @@ __all__ = [
     "QueueFullError",
     "SamplingParams",
     "StepStats",
+    "StopReason",
     "TextFilter",
     "TextReading",
     "TokenRules",

@@ -55,15 +55,16 @@ class OutputProcessor:
         seq.output_token_ids.append(token_id)
         request.num_generated_tokens += 1
         old_length = len(seq.text)
-        piece = self._decode(seq, token_id)
+        finish_reason = self._finish_reason(seq, token_id)
+        piece = self._decode(seq, token_id) if seq.stop_reason is None else self._stop_text(seq)
         seq.text += piece
         seq.text_ends.append(len(seq.text))
-        finish_reason = self._finish_reason(seq, token_id)
         if len(seq.output_token_ids) > params.min_tokens:
-            begins = (seq.text.find(s, max(0, old_length - len(s) + 1)) for s in params.stop)
-            if found := [at for at in begins if at >= 0]:
+            begins = ((seq.text.find(s, max(0, old_length - len(s) + 1)), s) for s in params.stop)
+            if found := [(at, len(s), s) for at, s in begins if at >= 0]:
+                at, length, seq.stop_reason = min(found)
                 finish_reason = "stop"
-                seq.text = seq.text[: min(found)]
+                seq.text = seq.text[: at + length if params.includes_stop else at]
 
         # Text that was sent cannot be taken back, so hold back whatever a stop string or a
         # roll-back may still remove.
@@ -84,11 +85,23 @@ class OutputProcessor:
 
     def _finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
         """Why the sequence ends with this token, if stop strings are left aside."""
+        seq.stop_reason = seq.params.stop_token_ids.get(token_id)
+        if seq.stop_reason is not None:
+            return "stop"
         if token_id in self.eos_token_ids and not seq.params.ignore_eos:
             return "stop"
         if len(seq.output_token_ids) >= seq.params.max_new_tokens:
             return "length"
         return None
+
+    def _stop_text(self, seq: Sequence) -> str:
+        """What the text gains by the stop token at its end."""
+        if not seq.params.includes_stop:
+            return ""
+        # A stop string that is a special token would be left out of the decoded text.
+        if isinstance(seq.stop_reason, str):
+            return seq.stop_reason
+        return self._decode(seq, seq.last_token_id)
 
     def _filter(
         self,
@@ -137,6 +150,7 @@ class OutputProcessor:
             token_ids=seq.output_token_ids[released:num_tokens],
             logprobs=seq.logprobs[released:num_tokens],
             finish_reason=finish_reason,
+            stop_reason=seq.stop_reason if finish_reason == "stop" else None,
         )
 
     def _roll_back(self, seq: Sequence, hit_start: int) -> Delta | None:

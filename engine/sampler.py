@@ -65,7 +65,8 @@ def edit_logits(logits: Tensor, seqs: SequenceOf[Sequence], eos_token_ids: Itera
         if params.rules:
             params.rules.add_biases(logits[row], prompt, output)
         if params.repetition_penalty != 1.0:
-            ids = torch.tensor(sorted({*prompt, *output}))
+            tokens = [*prompt, *output][-params.repetition_penalty_range :]
+            ids = torch.tensor(sorted({*tokens}))
             seen = logits[row, ids]
             penalty = params.repetition_penalty
             logits[row, ids] = torch.where(seen > 0, seen / penalty, seen * penalty)
@@ -78,8 +79,9 @@ def edit_logits(logits: Tensor, seqs: SequenceOf[Sequence], eos_token_ids: Itera
             ids = torch.tensor(list(params.logit_bias))
             biases = torch.tensor(list(params.logit_bias.values()), dtype=logits.dtype)
             logits[row, ids] += biases.to(logits.device)
-        if len(output) < params.min_tokens and not params.ignore_eos:
-            logits[row, list(eos_token_ids)] = -math.inf
+        if len(output) < params.min_tokens:
+            ends = [] if params.ignore_eos else list(eos_token_ids)
+            logits[row, [*ends, *params.stop_token_ids]] = -math.inf
         if params.rules:
             params.rules.restrict(
                 logits[row],

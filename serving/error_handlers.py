@@ -72,9 +72,11 @@ def refuse_fields(http: Request, problems: list[dict[str, Any]]) -> JSONResponse
         return error_response(http.scope, 422, told)
     first = problems[0]
     path = [str(part) for part in told[0]["loc"][1:] if first["type"] != "json_invalid"]
-    param = path[0] if path else first.get("ctx", {}).get("param")
+    if "param" in first.get("ctx", {}):  # a validator of a whole object says which field it means
+        path.append(first["ctx"]["param"])
+    param = path[0] if path else None
     reason = first["msg"].removeprefix("Value error, ")
-    message = f"{'.'.join(path) or param or 'body'}: {reason}"
+    message = f"{'.'.join(path) or 'body'}: {reason}"
     return error_response(http.scope, 400, message, param=param)
 
 
@@ -117,9 +119,8 @@ async def refuse_forbidden_prompt(http: Request, error: ForbiddenPrompt) -> JSON
 
 async def refuse_long_prompt(http: Request, error: ContextExceeded) -> JSONResponse:
     message = (
-        f"This model's maximum context length is {error.context_tokens} tokens, however you "
-        f"requested {error.num_prompt_tokens + error.num_new_tokens} tokens "
-        f"({error.num_prompt_tokens} in your prompt; {error.num_new_tokens} for the completion)"
+        f"This model's maximum context length is {error.context_tokens} tokens, and your prompt "
+        f"has {error.num_prompt_tokens}: it leaves no room for a completion"
     )
     code = "context_length_exceeded"
     return error_response(http.scope, 400, message, param="prompt", code=code)

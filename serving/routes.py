@@ -188,7 +188,7 @@ async def stream_plain(
 
 
 @text_routes.get("/generate/text", responses=ERRORS | PLAIN_TEXT, response_class=Response)
-async def generate_text_from_query(
+async def stream_text_from_query(
     http: Request,
     query: Annotated[models.TextQuery, Query()],
     client: CurrentClient,
@@ -199,7 +199,7 @@ async def generate_text_from_query(
 
 
 @text_routes.post("/generate/text", responses=ERRORS | PLAIN_TEXT, response_class=Response)
-async def generate_text(
+async def stream_text(
     http: Request, body: models.TextRequest, client: CurrentClient, service: CurrentService
 ) -> Response:
     """The same with a JSON body."""

@@ -33,8 +33,6 @@ async def create_completion(
         raise InvalidField("best_of", "must not be below n")
     if body.num_drawn > body.n and body.stream:
         raise InvalidField("best_of", "must be n in a stream")
-    if body.max_tokens == 0 and not body.echo:
-        raise InvalidField("max_tokens", "0 needs echo")
     backend = service.backend(body.model)
     generation = await admit(http, backend.submit_completion(body, client=client))
     return await CompletionBuilder(body, generation, service.settings).respond(http)

@@ -45,6 +45,11 @@ async def submit_short(client: Client) -> Generation:
     return await BACKEND.submit_completion(completion(n=2), client=client)
 
 
+async def submit_without_a_limit(client: Client) -> Generation:
+    body = completion(prompt=[[1] * 500, [1] * 510], n=2, max_tokens=-1, ignore_eos=True)
+    return await BACKEND.submit_completion(body, client=client)
+
+
 async def submit_many(client: Client) -> Generation:
     return await BACKEND.submit_completion(completion(prompt=[PROMPT] * 20, n=2), client=client)
 
@@ -54,6 +59,7 @@ async def submit_many(client: Client) -> Generation:
     [
         (submit_text, (NUM_PROMPT_TOKENS, 3 * 7)),
         (submit_short, (NUM_PROMPT_TOKENS, 2 * 5)),
+        (submit_without_a_limit, (1010, 2 * (12 + 2))),
         (submit_many, (20 * NUM_PROMPT_TOKENS, 20 * 2 * 5)),
     ],
 )

@@ -90,6 +90,13 @@ def test_edit_logits_repetition_penalty() -> None:
     assert got.tolist() == [2.0, -8.0, 1.5, 5.0]
 
 
+def test_edit_logits_repetition_penalty_of_the_last_tokens() -> None:
+    params = SamplingParams(repetition_penalty=2.0, repetition_penalty_range=3)
+    (seq,) = sequences(params, prompt=[0, 1, 1], output=(2, 2))
+    got = edited(torch.tensor([4.0, -4.0, 3.0, 5.0]), seq)
+    assert got.tolist() == [4.0, -8.0, 1.5, 5.0]
+
+
 def test_edit_logits_presence_and_frequency_penalty() -> None:
     """OpenAI's formula: of the output alone."""
     params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
