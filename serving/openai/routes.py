@@ -70,6 +70,7 @@ def describe_model(backend: Backend) -> dict[str, Any]:
     }
 
 
+@openai_routes.head("/v1/models", include_in_schema=False)
 @openai_routes.get("/v1/models", response_model=models.ModelList)
 async def list_models(service: CurrentService) -> Any:
     """The served models, the default one first."""
@@ -77,6 +78,7 @@ async def list_models(service: CurrentService) -> Any:
     return {"object": "list", "data": [describe_model(backend) for backend in backends]}
 
 
+@openai_routes.head("/v1/models/{model_id:path}", include_in_schema=False)
 @openai_routes.get(
     "/v1/models/{model_id:path}",
     response_model=models.Model,
