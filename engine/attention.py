@@ -42,7 +42,7 @@ def _cached_attention(
     value: Tensor,
     attention_mask: Visibility | None,
     *,
-    kv_cache: KVCache,
+    kv_cache: KVCache | None = None,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -54,8 +54,13 @@ def _cached_attention(
     (1, rows, heads, dim) out.
 
     query_scale: a factor for each query, from positions (rows,).
-    Raises ValueError for an argument whose meaning is not known.
+    Raises ValueError for an argument whose meaning is not known, and for sizes that the cache has
+    no room for.
     """
+    if kv_cache is None:
+        raise ValueError(
+            f"{type(module).__name__} is not given what its model is called with, as the cache is"
+        )
     for name, argument in others.items():
         if (isinstance(argument, Tensor) or argument) and name not in IGNORED_ARGUMENTS:
             raise ValueError(f"{type(module).__name__} needs {name}, which is not served")
@@ -63,6 +68,16 @@ def _cached_attention(
         raise ValueError(f"{type(module).__name__} is not causal (is_causal=False)")
     if isinstance(attention_mask, Tensor):
         raise ValueError(f"{type(module).__name__} gives an attention_mask of its own")
+    if key.shape != value.shape:
+        raise ValueError(
+            f"{type(module).__name__} has keys of another size than values, which is not served"
+        )
+    num_heads, head_dim = key.shape[1], key.shape[3]
+    if (num_heads, head_dim) != kv_cache.shape[1:]:
+        raise ValueError(
+            f"{type(module).__name__} has {num_heads} heads of keys of {head_dim} numbers, where "
+            "the configuration has {} of {} for all layers".format(*kv_cache.shape[1:])
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, keys_values = query[0].transpose(0, 1), torch.cat((key, value)).permute(2, 0, 1, 3)
     if query_scale:
@@ -81,24 +96,44 @@ def _visibility(*, mask_function: Callable[..., Tensor], **_: Any) -> Visibility
     """
     if mask_function is causal_mask_function:
         return None
-    zero = torch.tensor(0)
-
-    def visible(query_positions: Tensor, key_positions: Tensor) -> Tensor:
-        first = zero.to(key_positions.device)  # of one sequence, and the same for all heads
-        return mask_function(first, first, query_positions, key_positions)
-
+    visible, zero = PositionMask(mask_function), torch.tensor(0)
     if visible(zero, zero + 1):
         raise ValueError("a model that sees the tokens to come is not causal")
     return visible
+
+
+class PositionMask:
+    """Which keys a query sees, from their positions.
+
+    mask_function: as transformers has it, of batch, head, query and key.
+    Raises ValueError where a model's code takes it for a tensor.
+    """
+
+    def __init__(self, mask_function: Callable[..., Tensor]):
+        self.mask_function = mask_function
+
+    def __call__(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+        # Of one sequence, and the same for all heads.
+        first = torch.tensor(0, device=key_positions.device)
+        return self.mask_function(first, first, query_positions, key_positions)
+
+    def __getattr__(self, name: str) -> None:
+        raise ValueError("it makes a mask of its own out of the one for its positions")
+
+    __getitem__ = __getattr__
 
 
 ALL_ATTENTION_FUNCTIONS.register("engine_cache", _cached_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register("engine_cache", _visibility)
 
 
-def can_attend(model: PreTrainedModel) -> bool:
-    """Whether the model's attention can be the engine's."""
-    return model._supports_attention_backend or type(model).__name__ in SUPPLIED
+def refuse_other_attention(model: PreTrainedModel) -> None:
+    """Raises ValueError for a model whose attention cannot be the engine's."""
+    name = type(model).__name__
+    if not (model._supports_attention_backend or name in SUPPLIED):
+        raise ValueError(f"{name} does not let its attention be replaced")
+    if "indexed_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ()):
+        raise ValueError(f"{name} chooses by an index which tokens each one sees: not served")
 
 
 def supply_attention(model: PreTrainedModel, cache: KVCache) -> None:
@@ -181,7 +216,7 @@ def _supply_gptj(model: PreTrainedModel, cache: KVCache) -> None:
 
 
 def _supply_stablelm(model: PreTrainedModel, cache: KVCache) -> None:
-    """Its layers do not hand on what the model is called with."""
+    """Also Nemotron's. Its layers do not hand on what the model is called with."""
     for layer in model.model.layers:
         attention = layer.self_attn
         attention.forward = partial(type(attention).forward, attention, kv_cache=cache)
@@ -284,5 +319,6 @@ SUPPLIED: dict[str, Callable[[PreTrainedModel, KVCache], None]] = {
     "GPTNeoForCausalLM": _supply_gpt_neo,
     "Llama4ForCausalLM": _supply_llama4,
     "MptForCausalLM": _supply_mpt,
+    "NemotronForCausalLM": _supply_stablelm,
     "StableLmForCausalLM": _supply_stablelm,
 }

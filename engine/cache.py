@@ -18,6 +18,8 @@ KEY_BLOCK_TOKENS = 64  # a row has room for so many tokens, or for twice as many
 SUMMED_KEYS = 128
 # Of a prompt whose attention is computed step by step: its weights take heads * keys * so much.
 PIECE_TOKENS = 128
+# Of a configuration: what the cache's shape follows from.
+HEAD_SIZES = {"head_dim", "num_attention_heads", "num_key_value_heads"}
 
 # Which keys a query sees, True or False, from positions that broadcast together. Not a mask: a
 # pass needs it for each of its rows.
@@ -33,10 +35,14 @@ class KVCache:
     capacity in tokens follows the longest running sequence, so that `attend` reads tensors
     without holes. The memory for max_model_len is reserved, and used as far as it is needed:
     keys from its beginning on, values from its middle on.
+    Raises ValueError for a model whose layers have heads of several sizes.
     """
 
     def __init__(self, model: PreTrainedModel, num_rows: int, max_model_len: int):
         config = model.config.get_text_config()
+        if differing := HEAD_SIZES & (getattr(config, "per_layer_attributes", None) or set()):
+            names = ", ".join(sorted(differing))
+            raise ValueError(f"its layers differ in {names}, and the cache has one size for all")
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         self.num_kv_heads = _num_kv_heads(config)

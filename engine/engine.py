@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from engine.attention import can_attend
+from engine.attention import refuse_other_attention
 from engine.delivery import Outbox, fail
 from engine.kernels import choose_kernel
 from engine.model_check import checked_runner
@@ -74,8 +74,7 @@ class Engine:
         on_step: Callable[[StepStats], None] | None = None,
         on_model_needed: Callable[[], None] | None = None,
     ):
-        if not can_attend(model):
-            raise ValueError(f"{type(model).__name__} does not let its attention be replaced")
+        refuse_other_attention(model)
         config = model.config.get_text_config()
         self.max_model_len = _max_model_len(config, max_model_len)
         self.vocab_size: int = config.vocab_size

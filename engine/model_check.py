@@ -223,7 +223,8 @@ class ModelCheck:
 
 
 def in_a_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    reason = " ".join(str(error).split())
+    return reason if isinstance(error, ValueError) else f"{type(error).__name__}: {reason}"
 
 
 def difference(got: Tensor, wanted: Tensor) -> float:

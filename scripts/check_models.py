@@ -119,7 +119,7 @@ SIZES: dict[str, Any] = {
     "v_head_dim": 16,
     "o_lora_rank": 16,
     "index_head_dim": 16,
-    "index_n_heads": 2,
+    "index_n_heads": 16,  # of fewer, all are at zero for many keys, and which are chosen is open
     "index_topk": 8,
     # Feed-forward
     "intermediate_size": 96,
