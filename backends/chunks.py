@@ -12,13 +12,12 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, WrapVal
 from pydantic_core import from_json
 
 import models
-from engine import FinishReason
+from engine import LOWEST_LOGPROB, FinishReason
 
 MAX_EVENT_BYTES = 8 << 20  # one event may hold the log probabilities of a long prompt
 MAX_ANSWER_BYTES = 64 << 20  # far more than any text has: a stream without an end is an error
 DONE = b"[DONE]"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON has not; as vLLM writes it
 
 # What ends a text in the words of other servers; whatever is not here is a `stop`, as are TGI's
 # `eos_token` and `stop_sequence`. A text that its server gave up is not whole either.

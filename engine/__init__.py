@@ -39,6 +39,7 @@ from engine.engine import Engine
 from engine.kernels import choose_kernel
 from engine.processor import instruction_set, native_dtype
 from engine.request import (
+    LOWEST_LOGPROB,
     Delta,
     EngineError,
     EngineRequest,
@@ -60,6 +61,7 @@ from engine.threads import available_cores
 from engine.token_rules import TokenRules
 
 __all__ = [
+    "LOWEST_LOGPROB",
     "Delta",
     "Engine",
     "EngineError",

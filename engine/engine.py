@@ -364,6 +364,8 @@ class Engine:
         self._postprocess(token_ids, stats)
         if self.on_step:
             self.on_step(stats)
+        if all(isinstance(token_id, InferenceError) for token_id in token_ids):
+            self.runner.probe()  # raises if it is the model, and not what clients ask for
 
     def _postprocess(self, token_ids: list[int | InferenceError], stats: StepStats) -> None:
         """Adds each running sequence's token, or ends it with an error of its own; hands out

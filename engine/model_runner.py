@@ -192,10 +192,11 @@ class ModelRunner:
             self.model.set_output_embeddings(head)
 
     def probe(self) -> None:
-        """Runs one token; raises what the model raises."""
+        """Runs one token; raises what the model raises, ValueError if it computes no numbers."""
         batch = ForwardBatch(logit_rows=[0])
         batch.add_prompt([0], self.cache.padding_row)
-        self.run(batch)
+        if not self.run(batch).amax().isfinite():
+            raise ValueError("the model's logits are NaN or infinite")
 
     @torch.inference_mode()
     def measure_batch_invariance(self) -> tuple[int, int]:

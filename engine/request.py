@@ -97,9 +97,13 @@ class SamplingParams:
         return replace(self, max_new_tokens=room_tokens)
 
 
+LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON has not; as vLLM writes it
+
+
 @dataclass(frozen=True, slots=True)
 class PositionLogprobs:
-    """Natural-log probabilities at one position, before temperature and penalties."""
+    """Natural-log probabilities at one position, before temperature and penalties; none is below
+    LOWEST_LOGPROB."""
 
     token_id: int
     logprob: float

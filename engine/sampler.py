@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.request import InferenceError, PositionLogprobs, Sequence
+from engine.request import LOWEST_LOGPROB, InferenceError, PositionLogprobs, Sequence
 
 # How many candidates a row needs; these two stand for none and for all.
 GREEDY, ALL = 0, -1
@@ -241,7 +241,7 @@ def collect_logprobs(
     """Of token_ids[i] and the `num_top` likeliest tokens, at each row of logits (B, vocab)."""
     collected = []
     for row, token_id in zip(logits, token_ids, strict=True):  # in turn: B may be large
-        logprobs = torch.log_softmax(row.float(), dim=-1)
+        logprobs = torch.log_softmax(row.float(), dim=-1).clamp_(min=LOWEST_LOGPROB)
         values, ids = logprobs.topk(num_top)
         top = list(zip(ids.tolist(), values.tolist(), strict=True))
         collected.append(PositionLogprobs(token_id, logprobs[token_id].item(), top))

@@ -5,7 +5,9 @@ leaves meanwhile. Seeds: a request gives the same bits alone and in a full mixed
 """
 
 import asyncio
+import math
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
@@ -591,3 +593,25 @@ def test_repeated_failure_is_unhealthy_until_the_model_answers(
     monkeypatch.setattr(engine_module, "PROBE_SECONDS", 0.01)
     run(until(lambda: small_engine.is_healthy))
     assert len(one(small_engine, PROMPT, max_new_tokens=3, ignore_eos=True).token_ids) == 3
+
+
+def test_model_that_computes_nan_is_unhealthy_and_one_that_is_asked_for_nothing_is_not(
+    small_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sequences failed one by one, so steps did not count as failed, however many there were."""
+    nothing = {"logit_bias": dict.fromkeys(range(small_engine.vocab_size), -math.inf)}
+    errors = [run(answer(small_engine, PROMPT, **nothing))[0] for _ in range(4)]
+    assert all("no token can be drawn" in str(error) for error in errors)
+    assert small_engine.is_healthy
+    monkeypatch.setattr(engine_module, "PROBE_SECONDS", 0.01)
+    head = small_engine.model.lm_head.forward
+    monkeypatch.setattr(
+        small_engine.model.lm_head, "forward", lambda hidden: head(hidden) * math.nan
+    )
+    errors = [run(answer(small_engine, PROMPT))[0] for _ in range(4)]
+    assert all(isinstance(error, InferenceError) for error in errors)
+    assert not small_engine.is_healthy
+    time.sleep(0.05)  # some probes, which find NaN too
+    assert not small_engine.is_healthy
+    monkeypatch.setattr(small_engine.model.lm_head, "forward", head)
+    run(until(lambda: small_engine.is_healthy))

@@ -35,6 +35,7 @@ from tests.support import (
     fail,
     ids,
     load,
+    new_client,
     serve_in_thread,
     tiny_llama,
     token,
@@ -918,3 +919,27 @@ def test_lm_eval_measures_what_the_model_itself_gives(
     bits_per_byte = nats / math.log(2) / sum(len(text.encode()) for text in TALES)
     assert results["tales"]["bits_per_byte,none"] == pytest.approx(bits_per_byte, abs=1e-3)
     assert results["endings"]["acc,none"] == 1.0
+
+
+@pytest.mark.parametrize("more", [{}, {"echo": True}])
+def test_completion_logprobs_of_what_cannot_be_said(
+    more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A logit of minus infinity made an answer that JSON has no number for: 500."""
+    head = main.engine.model.lm_head
+    forward, said = head.forward, ids(" the")
+
+    def say_one(hidden: Any) -> Any:
+        logits = forward(hidden)
+        kept = logits[..., said].clone()
+        logits.fill_(float("-inf"))[..., said] = kept
+        return logits
+
+    monkeypatch.setattr(head, "forward", say_one)
+    body = {"prompt": "Once upon", "max_tokens": 2, "logprobs": 2, **more}
+    response = new_client().post("/v1/completions", json=body)
+    assert response.status_code == 200
+    logprobs = response.json()["choices"][0]["logprobs"]
+    assert logprobs["token_logprobs"][-2:] == [0.0, 0.0]
+    assert sorted(logprobs["top_logprobs"][-1].values()) == [-9999.0, 0.0]
+    assert more == {} or logprobs["token_logprobs"][:2] == [None, -9999.0]
