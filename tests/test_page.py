@@ -589,7 +589,7 @@ def test_error_busy_counts_down_and_tries_again(
 
 
 def test_error_rate_limit_says_how_long(visit: Visit) -> None:
-    with serve_in_thread(guarded({}, rate_limit=2)) as address:
+    with serve_in_thread(guarded({}, rate_limit=3)) as address:  # two of them to be set up
         page = visit(link(max_tokens=3), at=address, refused=True)
         expect(page.locator("#seed")).to_be_enabled()
         press(page, "Generate")
@@ -597,7 +597,7 @@ def test_error_rate_limit_says_how_long(visit: Visit) -> None:
         press(page, "Generate")
         notice = page.locator(".pane .notice")
         expect(notice).to_contain_text("You have reached your limit for this minute.")
-        expect(notice).to_contain_text("Over the limit of 2 requests a minute")
+        expect(notice).to_contain_text("Over the limit of 3 requests a minute")
         expect(notice).to_contain_text(re.compile(r"Trying again in \d+ s\."))
         press(page, "Stop")
         expect(notice).to_have_text("Cancelled. Generate tries again.")
