@@ -109,6 +109,13 @@ def test_invalid_nesting_and_huge_numbers_are_refused(content: str) -> None:
 
 
 @pytest.mark.contract
+def test_invalid_content_type_is_refused() -> None:
+    response = client.post("/generate", content=b'{"prompt": "a"}')
+    assert response.status_code == 415
+    assert "application/json" in response.json()["detail"]
+
+
+@pytest.mark.contract
 @pytest.mark.parametrize(
     "query",
     ["max_new_tokens=3.0", "max_new_tokens=true", "max_new_tokens=%C2%B2", "max_new_tokens=-1",
