@@ -8,7 +8,7 @@ text, so there the same fields are read from decimal digits.
 import json
 import re
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import (
     AfterValidator,
@@ -16,6 +16,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     StringConstraints,
     TypeAdapter,
     ValidationError,
@@ -23,7 +24,6 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
 MAX_PROMPT_CHARACTERS = 500
@@ -87,9 +87,17 @@ ManyStopStrings = Annotated[
     _UpToSixteen, BeforeValidator(_one_or_more, json_schema_input_type=StopString | _UpToSixteen)
 ]
 
-# A field that may be left out. That a null may stand for it is not in the document, where it
-# would make two types of each: generated clients leave out what they do not send.
-Left = SkipJsonSchema[None]
+
+class _LeftOut:
+    """Keeps null out of the document, where it would make two types of a field."""
+
+    def __get_pydantic_json_schema__(self, nullable: Any, of: GetJsonSchemaHandler) -> Any:
+        return of(nullable["schema"])
+
+
+T = TypeVar("T")
+# A field that may be left out; a null may stand for that. Generated clients do not send one.
+Left = Annotated[T | None, _LeftOut()]
 
 
 class _Strict(BaseModel):
@@ -125,10 +133,8 @@ class LengthFields(_Strict):
     """How much text is generated."""
 
     max_length: MaxLength = 50
-    max_new_tokens: int | Left = Field(
+    max_new_tokens: Left[Annotated[int, Field(ge=1, le=200)]] = Field(
         default=None,
-        ge=1,
-        le=200,
         description="Tokens to generate after the prompt; wins over `max_length`.",
         examples=[50],
     )
@@ -163,7 +169,7 @@ class SamplingFields(_Strict):
     temperature: Temperature = 1.0
     top_p: TopP = 0.9
     top_k: TopK = 50
-    seed: Annotated[int, AfterValidator(_of_64_bits)] | Left = Field(
+    seed: Left[Annotated[int, AfterValidator(_of_64_bits)]] = Field(
         default=None,
         description="Any 64-bit integer: the same one, with the same prompt and parameters, gives "
         "the same text. -1 draws one.",
@@ -188,7 +194,7 @@ class SequenceCount(_Strict):
 
 
 class ModelChoice(_Strict):
-    model: Text | Left = Field(
+    model: Left[Text] = Field(
         default=None,
         max_length=256,
         description="A served model; the default one if left out or empty.",
@@ -557,7 +563,7 @@ class _OpenAIRequest(ModelChoice, SamplingFields):
     )
     stream: bool = Field(default=False, description="Send chunks as server-sent events.")
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
-    user: str | Left = Field(default=None, description="Accepted, ignored.")
+    user: Left[str] = Field(default=None, description="Accepted, ignored.")
 
     @model_validator(mode="before")
     @classmethod
@@ -599,14 +605,12 @@ class CompletionRequest(_OpenAIRequest):
         description="Tokens to generate, or as many as fit, if that is less; -1: as many as fit. "
         "0 generates nothing; with `echo` and `logprobs` it scores the prompt.",
     )
-    logprobs: int | Left = Field(
+    logprobs: Left[Annotated[int, Field(ge=0, le=20)]] = Field(
         default=None,
-        ge=0,
-        le=20,
         description="Give each token's log probability, and those of so many likeliest tokens.",
     )
     echo: bool = Field(default=False, description="Begin the text with the prompt.")
-    best_of: NumSequences | Left = Field(
+    best_of: Left[NumSequences] = Field(
         default=None,
         description="Draw so many and give the `n` with the highest mean log probability.",
     )
@@ -631,7 +635,7 @@ class CompletionRequest(_OpenAIRequest):
 class TextPart(_Strict):
     type: Literal["text"]
     text: Text
-    cache_control: dict[str, Any] | Left = Field(default=None, description="Accepted, ignored.")
+    cache_control: Left[dict[str, Any]] = Field(default=None, description="Accepted, ignored.")
 
 
 class ChatMessage(_Strict):
@@ -640,7 +644,7 @@ class ChatMessage(_Strict):
         Text | Annotated[list[TextPart], Field(max_length=MAX_TEXT_PARTS, fail_fast=True)],
         _in_one_message("must be a string or a list of text parts"),
     ] = Field(default_factory=str, description="May be left out of an assistant's message alone.")
-    name: Text | Left = Field(default=None, description="Accepted, ignored.")
+    name: Left[Text] = Field(default=None, description="Accepted, ignored.")
 
     @model_validator(mode="before")
     @classmethod
@@ -669,16 +673,14 @@ class ChatCompletionRequest(_OpenAIRequest):
     )
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
-    max_completion_tokens: int | Left = Field(
+    max_completion_tokens: Left[Annotated[int, Field(ge=-1)]] = Field(
         default=None,
-        ge=-1,
         description="Tokens to generate, or as many as fit, if that is less; unset or -1: as many "
         "as fit.",
         examples=[60],
     )
-    max_tokens: int | Left = Field(
+    max_tokens: Left[Annotated[int, Field(ge=-1)]] = Field(
         default=None,
-        ge=-1,
         description="The older name of `max_completion_tokens`.",
         examples=[60],
     )

@@ -194,7 +194,7 @@ class ApiKeyMiddleware:
         app: ASGIApp,
         key_names: dict[bytes, str],
         metrics_need_key: bool,
-        docs_need_key: bool = False,
+        docs_need_key: bool,
     ):
         self.app = app
         self.key_names = key_names

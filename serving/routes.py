@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, HTTPException, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as PathParameter
 from fastapi.openapi.docs import get_redoc_html, get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse
@@ -23,7 +23,7 @@ from backends.base import Client, Generation
 from serving.bodies import BoundedRoute
 from serving.documentation import ERRORS, NOT_READY, PLAIN_TEXT
 from serving.error_handlers import FAILURES, count_failure, failure_message
-from serving.errors import route_path
+from serving.errors import error_response, route_path
 from serving.middleware import DOCS_FILES, with_slashes
 from serving.reserved_paths import reserved
 from serving.service import CurrentClient, CurrentService, Service
@@ -162,8 +162,8 @@ class PromptRoute(APIRoute):
         handler = super().get_route_handler()
 
         async def handle(request: Request) -> Response:
-            if reserved(route_path(request.scope)):
-                raise HTTPException(404)
+            if reason := reserved(route_path(request.scope)):
+                return error_response(request.scope, 404, reason)
             return await handler(request)
 
         return handle

@@ -120,7 +120,7 @@ class Settings(BaseSettings):
     docs_need_key: bool = Field(
         default=False,
         description="Whether `/docs`, `/redoc` and `/openapi.json` need a key where there are "
-        "keys; they are the same in every service of this version.",
+        "keys; of this very service they tell the default model's name and vocabulary size.",
     )
     rate_limit: int | None = Field(
         default=None, ge=1, description="Requests a minute by key, else by client address."

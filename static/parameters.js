@@ -192,11 +192,10 @@ const linkInAddress = () => new URLSearchParams(location.hash.slice(1));
 function readAddress() {
   const link = linkInAddress();
   for (const name of NUMBERS) {
-    const { isWhole, hasMin, min, max } = service.ranges[name];
-    let value = Number(link.get(name) || NaN);
+    const { isWhole, min, max } = service.ranges[name];
+    const value = Number(link.get(name) || NaN);
     if (!Number.isFinite(value)) continue;
-    value = Math.min(Math.max(isWhole ? Math.trunc(value) : value, min), max);
-    if (hasMin || value > min) setNumber(name, value);
+    setNumber(name, Math.min(Math.max(isWhole ? Math.trunc(value) : value, min), max));
   }
   const stops = link.getAll("stop").filter((each) => each).slice(0, service.numStops);
   if (stops.length) $("stop_strings").value = stops.map(written).join("\n");

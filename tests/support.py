@@ -58,9 +58,10 @@ def new_client(**options: Any) -> httpx.Client:
 
 
 @contextmanager
-def serve_in_thread(app: Any, port: int = 0) -> Iterator[str]:
+def serve_in_thread(app: Any, port: int = 0, root_path: str = "") -> Iterator[str]:
     """The address of a uvicorn that serves app until the end of the block."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="off", log_level="error"))
+    config = uvicorn.Config(app, port=0, root_path=root_path, lifespan="off", log_level="error")
+    server = uvicorn.Server(config)
     listener = socket.create_server(("127.0.0.1", port))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

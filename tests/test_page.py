@@ -13,13 +13,15 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlencode
 
 import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from fastapi.responses import HTMLResponse
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
+from playwright.sync_api import Error as PlaywrightError
 
 import main
 from serving.middleware import ApiKeyMiddleware, RequestContextMiddleware, key_digest
@@ -131,7 +133,7 @@ def guarded(key_names: dict[bytes, str], **update: Any) -> RequestContextMiddlew
     """The app behind keys and limits of its own, with these settings."""
     settings = main.settings.model_copy(update=update)
     limited = RateLimitMiddleware(main.app, settings)
-    keyed = ApiKeyMiddleware(limited, key_names, settings.metrics_need_key)
+    keyed = ApiKeyMiddleware(limited, key_names, settings.metrics_need_key, settings.docs_need_key)
     return RequestContextMiddleware(keyed)
 
 
@@ -262,7 +264,8 @@ def test_ranges_and_first_values_are_those_of_the_openapi_document(visit: Visit)
     native = schemas["GenerateRequest"]["properties"]
     for name in ("temperature", "top_k", "n"):
         bounds = page.locator(f"#{name}").evaluate("field => [field.min, field.max]")
-        assert list(map(float, bounds)) == [asked[name]["minimum"], asked[name]["maximum"]]
+        lowest = max(asked[name]["minimum"], 0)  # -1 is another word for "off"
+        assert list(map(float, bounds)) == [lowest, asked[name]["maximum"]]
     expect(page.locator("#max_tokens")).to_have_attribute("max", "200")
     for name in ("temperature", "top_p", "top_k"):
         assert float(page.locator(f"#{name}").input_value()) == native[name]["default"]
@@ -328,7 +331,7 @@ def test_link_of_a_result_has_the_seed_that_was_drawn(visit: Visit) -> None:
 @pytest.mark.parametrize(
     ("garbage", "expected"),
     [
-        ("temperature=99&top_p=-1&top_k=1e9&seed=-5", ("2", "0.9", "8192", "0")),
+        ("temperature=99&top_p=-1&top_k=1e9&seed=-5", ("2", "0", "8192", "0")),
         ("temperature=abc&top_p=&top_k=NaN&seed=1e999", ("1", "0.9", "50", "")),
         ("temperature=0.3&top_p=0.2&top_k=1.9&seed=9e3&model=no", ("0.3", "0.2", "1", "9000")),
         ("%&%%zz=%ff&&&=&prompt&seed=3&seed=4&n=%00", ("1", "0.9", "50", "3")),
@@ -586,7 +589,7 @@ def test_error_busy_counts_down_and_tries_again(
 
 
 def test_error_rate_limit_says_how_long(visit: Visit) -> None:
-    with serve_in_thread(guarded({}, rate_limit=2)) as address:
+    with serve_in_thread(guarded({}, rate_limit=3)) as address:  # two of them to be set up
         page = visit(link(max_tokens=3), at=address, refused=True)
         expect(page.locator("#seed")).to_be_enabled()
         press(page, "Generate")
@@ -594,7 +597,7 @@ def test_error_rate_limit_says_how_long(visit: Visit) -> None:
         press(page, "Generate")
         notice = page.locator(".pane .notice")
         expect(notice).to_contain_text("You have reached your limit for this minute.")
-        expect(notice).to_contain_text("Over the limit of 2 requests a minute")
+        expect(notice).to_contain_text("Over the limit of 3 requests a minute")
         expect(notice).to_contain_text(re.compile(r"Trying again in \d+ s\."))
         press(page, "Stop")
         expect(notice).to_have_text("Cancelled. Generate tries again.")
@@ -755,6 +758,116 @@ def test_error_gone_in_mid_stream_keeps_the_text_and_says_when_it_is_back(
         page.locator("#max_tokens").fill("5")
         press(page, "Generate")
         expect(page.locator(".end span").first).to_have_text("reached the length of 5 tokens")
+
+
+# --- Keys, another origin, and a proxy that strips `/svc` ----------------------------------------
+
+KEY = "open-sesame"
+
+
+class Keyed(NamedTuple):
+    address: str
+    origin: str  # of pages that may call it
+
+
+@pytest.fixture(scope="module")
+def keyed() -> Iterator[Keyed]:
+    """A service with a key, behind a prefix, for the pages of another origin."""
+    with (
+        serve_in_thread(HTMLResponse("<!doctype html>")) as origin,
+        served("--root-path", "/svc", API_KEYS=KEY, CORS_ORIGINS=origin) as service,
+    ):
+        yield Keyed(service.address, origin)
+
+
+@pytest.fixture
+def proxied(browser: Browser) -> Iterator[Page]:
+    """A tab whose requests for `/svc/…` go to `/…`, as through a proxy that strips that."""
+    with browser.new_context() as context:
+        context.set_default_timeout(30_000)
+        context.route(
+            "**/svc/**",
+            lambda route: route.continue_(url=route.request.url.replace("/svc/", "/", 1)),
+        )
+        yield context.new_page()
+
+
+# What the npm package `openai` 6 sends from a browser, and what it is told to send besides.
+OPENAI_HEADERS = {
+    "accept": "application/json", "authorization": f"Bearer {KEY}",
+    "content-type": "application/json", "x-stainless-arch": "unknown", "x-stainless-lang": "js",
+    "x-stainless-os": "Unknown", "x-stainless-package-version": "6.49.0",
+    "x-stainless-retry-count": "0", "x-stainless-runtime": "browser:chrome",
+    "x-stainless-runtime-version": "140.0.0", "x-stainless-timeout": "600",
+    "openai-beta": "assistants=v2", "openai-organization": "org", "traceparent": "00-1-2-01",
+}  # fmt: skip
+
+COMPLETE = """async ([address, headers, body]) => {
+  const options = {method: "POST", headers, body: JSON.stringify(body)};
+  const answer = await fetch(`${address}/v1/completions`, options);
+  return [answer.status, await answer.json(), answer.headers.get("X-Request-ID")];
+}"""
+
+
+def test_page_of_another_origin_may_send_whatever_headers(keyed: Keyed, proxied: Page) -> None:
+    """OpenAI's JavaScript client was blocked in every browser: only some headers were allowed."""
+    body = {"prompt": PROMPT, "max_tokens": 3, "seed": 7}
+    asked = [keyed.address, OPENAI_HEADERS, body]
+    proxied.goto(keyed.origin)
+    status, answer, request_id = proxied.evaluate(COMPLETE, asked)
+    assert (status, answer["usage"]["completion_tokens"]) == (200, 3)
+    assert re.fullmatch("[0-9a-f]{32}", request_id)
+    with serve_in_thread(HTMLResponse("<!doctype html>")) as elsewhere:
+        proxied.goto(elsewhere)
+        with pytest.raises(PlaywrightError, match="Failed to fetch"):
+            proxied.evaluate(COMPLETE, asked)
+
+
+def test_docs_authorize_and_try_out_with_a_key(keyed: Keyed, proxied: Page) -> None:
+    """The document had no security schemes, so Swagger could ask for nothing but 401s."""
+    proxied.goto(f"{keyed.address}/svc/docs")
+    operation = proxied.locator("#operations-openai-create_completion")
+    operation.locator(".opblock-summary-control").click()
+    operation.get_by_role("button", name="Try it out").click()
+    for status in ("401", "200"):
+        if status == "200":
+            proxied.locator(".scheme-container .authorize").click()
+            proxied.get_by_label("auth-bearer-value").fill(KEY)
+            proxied.get_by_label("Apply credentials").first.click()
+            proxied.get_by_role("button", name="Close", exact=True).first.click()
+        operation.locator(".execute").click()
+        answered = operation.locator(".live-responses-table .response-col_status")
+        expect(answered.last).to_have_text(re.compile(status))
+    expect(operation.locator(".live-responses-table")).to_contain_text('"text_completion"')
+
+
+@pytest.mark.parametrize("has_key", [False, True])
+def test_prefix_of_a_proxy_is_kept_by_page_docs_and_errors(
+    has_key: bool, proxied: Page, request: pytest.FixtureRequest
+) -> None:
+    """Under `--root-path`, probes and page needed a key, and `/v1` had errors of native routes."""
+    with ExitStack() as stack:
+        if has_key:
+            address = request.getfixturevalue("keyed").address
+        else:
+            address = stack.enter_context(serve_in_thread(main.app, root_path="/svc"))
+        proxied.goto(f"{address}/svc/{link(max_tokens=3)}")
+        if has_key:
+            proxied.locator("#key").fill(KEY)
+            press(proxied, "Use key")
+        expect(proxied.locator("#seed")).to_be_enabled()
+        press(proxied, "Generate")
+        assert finish(proxied) == completion(max_tokens=3)
+        proxied.get_by_role("link", name="API").click()
+        expect(proxied.locator("#operations-openai-create_completion")).to_be_visible()
+        assert proxied.url == f"{address}/svc/docs"
+        headers = {"Authorization": f"Bearer {KEY}"}
+        wrong = httpx.post(f"{address}/v1/completions", json={"prompt": 1.5}, headers=headers)
+        assert (wrong.status_code, set(wrong.json())) == (400, {"error"})
+        refused = httpx.get(f"{address}/v1/models")
+        assert refused.status_code == (401 if has_key else 200)
+        assert set(refused.json()) == ({"error"} if has_key else {"object", "data"})
+        assert httpx.get(f"{address}/livez").json() == {"health": "ok"}
 
 
 # --- For everybody ------------------------------------------------------------------------------

@@ -362,7 +362,7 @@ def test_limits_hold_and_refuse_before_anything_is_sent(
     monkeypatch.setattr(backend.upstream, "max_model_len", None)
     monkeypatch.setattr(backend.upstream, "_read_models", lambda _: None)
     limited = RateLimitMiddleware(main.app, Settings(token_rate_limit=100))
-    app = RequestContextMiddleware(ApiKeyMiddleware(limited, {}, True))
+    app = RequestContextMiddleware(ApiKeyMiddleware(limited, {}, True, False))
     completion = {"prompt": PROMPT, "max_tokens": 60, "ignore_eos": True}
     chat = {"messages": [{"role": "user", "content": PROMPT}]}
     with in_front(backend, app) as http:
@@ -382,7 +382,7 @@ def test_limits_hold_and_refuse_before_anything_is_sent(
 def test_native_request_is_reserved_once(upstream: Upstream) -> None:
     """Its tokens were reserved twice, so half of the limit was refused as more than all of it."""
     limited = RateLimitMiddleware(main.app, Settings(token_rate_limit=100))
-    app = RequestContextMiddleware(ApiKeyMiddleware(limited, {}, True))
+    app = RequestContextMiddleware(ApiKeyMiddleware(limited, {}, True, False))
     with in_front(connected(upstream.service.address), app) as http:
         answer = http.post("/generate", json={"prompt": PROMPT, "max_new_tokens": 60})
     assert (answer.status_code, answer.json()["model_name"]) == (200, NAME)

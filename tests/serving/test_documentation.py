@@ -4,7 +4,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 
+from serving.documentation import document_refusals
+from serving.openai.routes import openai_routes
+from serving.routes import service_routes, text_routes
+from serving.settings import Settings
 from tests.support import NAME, new_client, tokenizer
 
 client = new_client()
@@ -43,6 +48,7 @@ def test_generators_can_make_types_of_all_schemas() -> None:
     """Clients did not compile: a field that is always null has no type, a bound above 2^53 becomes
     a number with an exponent, and a union's default is put where it fits one of its types."""
     for each in schemas_within(client.get("/openapi.json").json()):
+        assert not each.keys() & {"ge", "gt", "le", "lt"}  # pydantic's names: lost as bounds
         types = [inner.get("type") for inner in each.get("anyOf", [])]
         assert each.get("type") != "null" or set(each) == {"type"}
         assert types != ["null"]
@@ -99,3 +105,24 @@ def test_vocabulary_is_where_top_k_ends() -> None:
     parameters = document["paths"]["/{prompt}"]["get"]["parameters"]
     query = {each["name"]: each["schema"] for each in parameters}
     assert body["top_k"]["maximum"] == query["top_k"]["maximum"] == len(tokenizer)
+
+
+def test_document_says_which_keys_and_limits_there_are() -> None:
+    """It had no security schemes, and neither 401 nor 429: Swagger could not authorize."""
+    app = FastAPI()
+    for routes in (service_routes, text_routes, openai_routes):
+        app.include_router(routes)
+    document_refusals(app, Settings(rate_limit=5), needs_key=True)
+    document = app.openapi()
+    assert document["components"]["securitySchemes"].keys() == {"Bearer", "X-API-Key"}
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            met = {"401", "429", "503"} & operation["responses"].keys()
+            needs = {"/": set(), "/health": set(), "/ready": {"503"}, "/metrics": {"401"}}
+            assert met == needs.get(path, {"401", "429", "503"}), path
+            assert ("security" in operation) == ("401" in met)
+    refused = document["paths"]["/v1/models"]["get"]["responses"]["401"]["content"]
+    assert refused["application/json"]["schema"] == {"$ref": "#/components/schemas/OpenAIError"}
+    assert (
+        "401" not in client.get("/openapi.json").json()["paths"]["/v1/models"]["get"]["responses"]
+    )

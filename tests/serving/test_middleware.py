@@ -103,11 +103,13 @@ def read_keys(**settings: Any) -> dict[bytes, str]:
     return read_api_keys(Settings(**settings))
 
 
-def keyed_client(app: Any, metrics_need_key: bool = True) -> TestClient:
+def keyed_client(
+    app: Any, metrics_need_key: bool = True, docs_need_key: bool = False, root_path: str = ""
+) -> TestClient:
     """Of the app behind keys."""
     names = read_keys(api_keys="alice:two, three")
-    keyed = ApiKeyMiddleware(app, names, metrics_need_key)
-    return TestClient(RequestContextMiddleware(keyed))
+    keyed = ApiKeyMiddleware(app, names, metrics_need_key, docs_need_key)
+    return TestClient(RequestContextMiddleware(keyed), root_path=root_path)
 
 
 @pytest.fixture
@@ -170,20 +172,20 @@ def test_keys_metrics_have_a_switch_of_their_own(app: Any) -> None:
 
 def test_keys_docs_have_a_switch_of_their_own(app: Any) -> None:
     for needs_key, status in ((True, 401), (False, 200)):
-        keyed = TestClient(ApiKeyMiddleware(app, read_keys(api_keys="a"), True, needs_key))
+        keyed = keyed_client(app, docs_need_key=needs_key)
         for path in ("/docs", "/redoc", "/openapi.json", "/static-offline-docs/swagger-ui.css"):
             assert keyed.get(path).status_code == status
 
 
 def test_keys_are_asked_for_under_a_prefix_too(app: Any) -> None:
     """Behind a proxy with `--root-path`, probes and the page needed a key."""
-    keyed = TestClient(ApiKeyMiddleware(app, read_keys(api_keys="one"), True), root_path="/svc")
+    keyed = keyed_client(app, root_path="/svc")
     for path in ("/", "/health", "/ready", "/livez", "/static/page.js", "/docs"):
         assert keyed.get(f"/svc{path}").status_code == 200
     assert keyed.get("/svc/metrics").status_code == 401
     refused = keyed.get("/svc/v1/models")
     assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
-    allowed = keyed.get("/svc/v1/models", headers={"Authorization": "Bearer one"})
+    allowed = keyed.get("/svc/v1/models", headers={"Authorization": "Bearer two"})
     assert allowed.status_code == 200
 
 
@@ -358,7 +360,7 @@ def test_identity_is_what_routes_are_told() -> None:
 
     async def ask(host: str) -> None:
         scope = {"type": "http", "path": "/generate", "headers": [], "client": (host, 1)}
-        await ApiKeyMiddleware(app, {}, True)(scope, None, None)  # type: ignore[arg-type]
+        await ApiKeyMiddleware(app, {}, True, False)(scope, None, None)  # type: ignore[arg-type]
 
     for host in ("2001:db8::1", "2001:db8::2", "::ffff:192.0.2.1"):
         asyncio.run(ask(host))

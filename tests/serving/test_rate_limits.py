@@ -12,8 +12,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from backends.base import Client, Deadline
+from backends.chunks import UpstreamUsage
 from backends.external import ExternalGeneration
-from backends.upstream import UpstreamUsage
 from engine import QueueFullError
 from serving import counts, logs
 from serving.counts import StorageError
@@ -37,7 +37,7 @@ def app() -> Any:
 def limited_app(app: Any, **settings: Any) -> RequestContextMiddleware:
     """The app behind limits of its own, and without keys."""
     limiting = RateLimitMiddleware(app, Settings(**settings))
-    return RequestContextMiddleware(ApiKeyMiddleware(limiting, {}, True))
+    return RequestContextMiddleware(ApiKeyMiddleware(limiting, {}, True, False))
 
 
 def limited_client(app: Any, **settings: Any) -> TestClient:
@@ -207,7 +207,8 @@ def test_cost_that_another_server_counts(usage: tuple[int, int] | None, left: in
     async def reserve() -> None:
         generation = ExternalGeneration("big", [], Client("a"), Deadline(time.monotonic(), 60))
         if usage:
-            generation.usage = UpstreamUsage(prompt_tokens=usage[0], completion_tokens=usage[1])
+            told = UpstreamUsage(prompt_tokens=usage[0], completion_tokens=usage[1])
+            generation.usages[0] = told
         logs.request_facts.set({"generations": [generation]})
         limits = RateLimits(Settings(token_rate_limit=100))
         allowance = new_allowance(limits)
@@ -249,7 +250,7 @@ def test_rate_limit_is_off_while_its_storage_fails(
     monkeypatch.setattr("serving.rate_limits.STORAGE_TIMEOUT_SECONDS", 0.1)
     monkeypatch.setattr("serving.rate_limits.STORAGE_PAUSE_SECONDS", 0.3)
     limiting = RateLimitMiddleware(app, Settings(rate_limit=1))
-    http = TestClient(RequestContextMiddleware(ApiKeyMiddleware(limiting, {}, True)))
+    http = TestClient(RequestContextMiddleware(ApiKeyMiddleware(limiting, {}, True, False)))
     with monkeypatch.context() as broken:
         broken.setattr(limiting.limits.counts, "add", fail)
         assert [http.get("/v1/models").status_code for _ in range(3)] == [200] * 3
@@ -272,7 +273,7 @@ def test_storage_that_fails_in_the_middle_of_a_request_fails_no_request(
         return await real(key, amount, *rest)
 
     monkeypatch.setattr(limiting.limits.counts, failing, fail)
-    http = TestClient(RequestContextMiddleware(ApiKeyMiddleware(limiting, {}, True)))
+    http = TestClient(RequestContextMiddleware(ApiKeyMiddleware(limiting, {}, True, False)))
     body = {"prompt": PROMPT, "max_tokens": 20, **ENDS_AT_ONCE}
     assert http.post(COMPLETIONS, json=body).status_code == 200
     assert limiting.limits.is_paused
