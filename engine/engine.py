@@ -15,6 +15,7 @@ from engine.delivery import Outbox, fail
 from engine.kernels import choose_kernel
 from engine.model_runner import ModelRunner
 from engine.output import OutputProcessor
+from engine.quality import keeps_quality
 from engine.request import (
     Delta,
     EngineRequest,
@@ -30,7 +31,7 @@ from engine.request import (
 from engine.sampler import sample_tokens
 from engine.scheduler import Scheduler
 from engine.threads import available_cores, computing_thread
-from engine.weights import return_freed_memory
+from engine.weights import cast_parameters, return_freed_memory
 
 logger = logging.getLogger("engine")
 
@@ -49,7 +50,8 @@ class Engine:
     on_model_needed: called with a request, wherever that is submitted, when the model is not
         loaded or about to leave; to see to it that `load` is called.
 
-    quantization: None or "int8".
+    quantization: None, "int8", or "auto": int8 where `keeps_quality` says that it does.
+    dtype: what the model computes in where it is not quantized; None is what it was loaded in.
     Raises ValueError for a model whose attention cannot be replaced, and as `choose_kernel`.
     """
 
@@ -62,6 +64,7 @@ class Engine:
         max_queue_size: int = 256,
         max_model_len: int | None = None,
         quantization: str | None = None,
+        dtype: torch.dtype | None = None,
         num_threads: int | None = None,
         text_filter: TextFilter | None = None,
         on_step: Callable[[StepStats], None] | None = None,
@@ -74,7 +77,8 @@ class Engine:
         self.max_model_len = min(n for n in (*windows, max_model_len) if n)
         self.vocab_size: int = config.vocab_size
         self.tokenizer = tokenizer
-        self.kernel = choose_kernel(model.dtype, model.device.type, quantization)
+        self.dtype = dtype or model.dtype
+        self.kernel = choose_kernel(self.dtype, model.device.type, quantization)
         self.on_step = on_step
         self.on_model_needed = on_model_needed
         self.eos_token_ids = _eos_token_ids(model, tokenizer)
@@ -88,6 +92,10 @@ class Engine:
         self._computing_thread = computing_thread(num_threads or available_cores())
         self._turn_pending = False  # `_take_turn` is under way or to come
         self._is_stopping = False
+        if quantization == "auto" and self.kernel.is_exact:
+            judging = self._computing_thread.submit(keeps_quality, model, tokenizer, self.kernel)
+            if not judging.result():
+                self.kernel = choose_kernel(self.dtype, model.device.type, None)
         self._unload_before_id = math.inf  # unload before a request with an id from here on runs
         self._unloaded = threading.Event()
         self.load(model)
@@ -112,6 +120,7 @@ class Engine:
 
     def load(self, model: PreTrainedModel) -> None:
         """Takes the model, the same one as ever; what waits runs from here on."""
+        cast_parameters(model, torch.float32 if self.kernel.is_exact else self.dtype)
         runner = ModelRunner(
             model,
             max_num_seqs=self.scheduler.max_num_seqs,
