@@ -39,6 +39,10 @@ def prepare_weights(model: PreTrainedModel, kernel: Kernel) -> bool:
     if model.device.type != "cpu":
         return False
     pack_layers(model, kernel)
+    if kernel.pack is not None:
+        # What stays is a part of the file, which is mapped into memory as long as a part is used.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
     if type(model) is GPT2LMHeadModel and not model.config.add_cross_attention:
         model.forward = gpt2_forward(model)
     return_freed_memory()
@@ -64,7 +68,7 @@ def pack_layers(model: PreTrainedModel, kernel: Kernel) -> Replaced:
         weight = linear.weight.detach()
         if isinstance(linear, Conv1D):
             weight = weight.T.contiguous()
-        bias = None if linear.bias is None else linear.bias.detach()
+        bias = None if linear.bias is None else linear.bias.detach().clone()
         if linear is output and weight.dtype == torch.bfloat16:
             return OutputLinear(weight, bias)
         return pack_weight(weight, bias, gelu)
