@@ -1,7 +1,7 @@
 """A model on another server that speaks OpenAI's protocol.
 
     routes                                     the other server
-    await backend.submit_…(…)               -> POST {url}/{route}, always as a stream
+    await backend.submit_…(…)               -> POST {url}/{route}, as a stream if it can
     generation.deltas()                     <- an event a chunk, filtered here
     generation.abort()                      -> the connection is closed, which ends it there
 
@@ -14,7 +14,8 @@ import logging
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Generator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -35,18 +36,21 @@ from backends.base import (
     holds_forbidden_word,
     new_token_budget,
 )
-from backends.held_text import HeldText
-from backends.reader import Pieces, Reader
-from backends.upstream import (
+from backends.chunks import (
+    DONE,
     BrokenStream,
     Logprobs,
-    Route,
-    Upstream,
+    UpstreamChatLogprobs,
     UpstreamChoice,
+    UpstreamLogprobs,
     UpstreamUsage,
     parse_chunk,
     read_events,
 )
+from backends.dialect import Route, TakesOne
+from backends.held_text import HeldText
+from backends.reader import Pieces, Reader
+from backends.upstream import Upstream
 from engine import (
     EngineError,
     EngineStoppedError,
@@ -62,9 +66,41 @@ from engine import (
 logger = logging.getLogger("external")
 
 BYTES_A_TOKEN = 4  # of a prompt, about; only the other server can count them
+END = UpstreamChoice(finish_reason="stop")  # what [DONE] says of a text
 TAIL_SECONDS = 1.0  # what follows the last text gets this long: the usage, the stream's end
 # Fields of the client's body that the other server gets in another form, or not at all.
 OUR_FIELDS = {"model", "stream", "stream_options", "best_of"}
+STOPS_STAY = ("echo", "min_tokens", "include_stop_str_in_output")  # fields that leave them in
+NUM_AT_ONCE = 8  # requests for one of our own, where the other server makes one text a request
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request to the other server. first: the first of the generation's choices that are its
+    own."""
+
+    route: Route
+    body: dict[str, Any]
+    first: int
+    num_choices: int
+
+    def split(self) -> list["Ask"]:
+        """A request for each prompt; of a single prompt, for each choice."""
+        prompts = self.body.get("prompt")
+        if isinstance(prompts, list) and len(prompts) > 1:
+            bodies = [self.body | {"prompt": prompt} for prompt in prompts]
+        else:
+            bodies = [self.body | {"n": 1} for _ in range(self.num_choices)]
+            if "seed" in self.body:  # the same would make the same text
+                bodies = [
+                    body | {"seed": (body["seed"] + at) % models.SEED_LIMIT}
+                    for at, body in enumerate(bodies)
+                ]
+        size = self.num_choices // len(bodies)
+        return [
+            replace(self, body=body, first=self.first + size * at, num_choices=size)
+            for at, body in enumerate(bodies)
+        ]
 
 
 class ExternalGeneration(Generation):
@@ -81,7 +117,7 @@ class ExternalGeneration(Generation):
         self.client = client
         self.choices = choices
         self.deadline = deadline
-        self.usage: UpstreamUsage | None = None
+        self.usages: dict[int, UpstreamUsage] = {}  # of each Ask, by its first choice
         self.num_chunks = 0  # with text
         self.has_begun = False  # to be answered, with status 200
         self.is_answered = asyncio.Event()  # with whatever
@@ -91,11 +127,13 @@ class ExternalGeneration(Generation):
 
     @property
     def num_prompt_tokens(self) -> int:
-        return self.usage.prompt_tokens if self.usage else 0
+        return sum(usage.prompt_tokens for usage in self.usages.values())
 
     @property
     def num_generated_tokens(self) -> int:
-        return self.usage.completion_tokens if self.usage else self.num_chunks
+        if not self.usages:
+            return self.num_chunks
+        return sum(usage.completion_tokens for usage in self.usages.values())
 
     @property
     def num_completion_tokens(self) -> int:
@@ -264,7 +302,7 @@ class ExternalBackend(Backend):
         if "top_k" in params.model_fields_set:  # no field of OpenAI's own
             sent["top_k"] = params.top_k
         reading = self._read_prompt(prompt)
-        held = [HeldText(streams, reading) for _ in range(num_sequences)]
+        held = [HeldText(streams, reading, params.stop) for _ in range(num_sequences)]
         with self._place(held, client, deadline) as generation:
             return await self._ask("completions", sent, generation)
 
@@ -278,9 +316,9 @@ class ExternalBackend(Backend):
             raise InvalidField(
                 "prompt", f"must be text for {self.name}, which is an external model"
             )
-        changes: dict[str, Any] = {}
+        changes: dict[str, Any] = {"max_tokens": body.max_tokens}  # llama.cpp's default has no end
         if body.num_drawn > body.n:  # not every server draws several for one, and none in a stream
-            changes = {"n": body.num_drawn, "logprobs": body.logprobs or 0}
+            changes |= {"n": body.num_drawn, "logprobs": body.logprobs or 0}
         # The text of an echo begins with the prompt, so that the filter need not be told of it.
         before = ["" for _ in texts] if body.echo else texts
         num_new_tokens = num_sequences * body.max_tokens
@@ -316,7 +354,10 @@ class ExternalBackend(Backend):
         self.log_prompts(texts)
         sent = body.model_dump(exclude_unset=True, exclude=OUR_FIELDS) | changes
         num_sequences = sent.get("n", 1)
-        held = [HeldText(body.stream) for _ in range(len(before) * num_sequences)]
+        # Where the text may hold a stop string, only the other server knows which of them ends it.
+        is_kept = any(sent.get(name) for name in STOPS_STAY)
+        stop = [] if is_kept else body.stop
+        held = [HeldText(body.stream, stop=stop) for _ in range(len(before) * num_sequences)]
         with self._place(held, client, deadline) as generation:
             reading = self._read_prompts(route, texts, before, held)
             await self.reader.read(client, deadline, texts, reading)
@@ -354,7 +395,7 @@ class ExternalBackend(Backend):
         with self._place(held, client, deadline) as generation:
             await self._ask("completions", sent, generation)
         await generation.complete()
-        if generation.usage is None:
+        if not generation.usages:
             logger.warning("%s: upstream does not say how many tokens a prompt has", self.name)
             raise InferenceError("upstream sent no usage")
         return generation.num_prompt_tokens
@@ -391,7 +432,8 @@ class ExternalBackend(Backend):
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        running = self._run(generation, route, body, self.request_id())
+        ask = Ask(route, body, 0, len(generation.choices))
+        running = self._run(generation, ask, self.request_id())
         generation.task = asyncio.create_task(running)
         generation.task.add_done_callback(partial(self._end, generation))
         try:
@@ -406,17 +448,12 @@ class ExternalBackend(Backend):
             raise refusal
         return generation
 
-    async def _run(
-        self, generation: ExternalGeneration, route: Route, body: dict[str, Any], request_id: str
-    ) -> None:
+    async def _run(self, generation: ExternalGeneration, ask: Ask, request_id: str) -> None:
         failure: Exception | None = None
         try:
-            async with self.upstream.open(route, body, request_id) as response:
-                generation.has_begun = True
-                generation.is_answered.set()
-                await self._read(generation, route, response)
-        except EngineError as error:
-            failure = error
+            await self._serve(generation, ask, request_id)
+        except EngineError as error:  # once a client has an answer, it is told no more than this
+            failure = InferenceError("upstream failed") if generation.has_begun else error
         except (httpx.HTTPError, BrokenStream) as error:
             said = str(error) if isinstance(error, BrokenStream) else type(error).__name__
             logger.warning("%s: upstream broke off: %s", self.name, said)
@@ -427,8 +464,30 @@ class ExternalBackend(Backend):
         finally:
             if failure:
                 generation.gained.put_nowait(failure)
-            if generation.usage:
-                self._count(generation, generation.usage)
+            if generation.usages:
+                self._count(generation)
+
+    async def _serve(self, generation: ExternalGeneration, ask: Ask, request_id: str) -> None:
+        """Has the other server make these choices: in one request, or in as many as it needs, of
+        which the first finds out what it takes."""
+        try:
+            async with self.upstream.open(ask.route, ask.body, request_id) as response:
+                generation.has_begun = True
+                generation.is_answered.set()
+                await self._read(generation, ask, response)
+            return
+        except TakesOne:
+            choices = generation.choices
+            parts = [part for part in ask.split() if not choices[part.first].finish_reason]
+        first, *rest = parts
+        await self._serve(generation, first, request_id)
+        for start in range(0, len(rest), NUM_AT_ONCE):
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for part in rest[start : start + NUM_AT_ONCE]:
+                        group.create_task(self._serve(generation, part, request_id))
+            except ExceptionGroup as failed:
+                raise failed.exceptions[0] from None
 
     def _end(self, generation: ExternalGeneration, task: asyncio.Task[None]) -> None:
         """Called once the request's task is done, also if it was cancelled before it began."""
@@ -438,32 +497,51 @@ class ExternalBackend(Backend):
         generation.is_answered.set()
 
     async def _read(
-        self, generation: ExternalGeneration, route: Route, response: httpx.Response
+        self, generation: ExternalGeneration, ask: Ask, response: httpx.Response
     ) -> None:
-        async with aclosing(read_events(response)) as received:
-            async for event in received:
-                if event == b"[DONE]":
-                    if not generation.is_finished:
-                        break
-                    continue  # to the end, after which the connection can be used again
-                chunk = parse_chunk(route, event)
-                generation.usage = chunk.usage or generation.usage
-                for choice in chunk.choices:
-                    if choice.index >= len(generation.choices):
-                        raise BrokenStream("it sent more choices than were asked for")
-                    self._append(generation, choice)
-                if all(choice.is_cut for choice in generation.choices):
-                    return  # closes the connection: the other server need not go on
-        if not generation.is_finished:
+        """Takes in an answer to its end: what follows the last text gets TAIL_SECONDS. Raises
+        BrokenStream, and TakesOne where fewer choices came than were asked for."""
+        choices = generation.choices[ask.first : ask.first + ask.num_choices]
+        with suppress(TimeoutError):
+            async with asyncio.timeout(None) as limit, aclosing(read_events(response)) as received:
+                async for event in received:
+                    self._take_in(generation, ask, event)
+                    if all(choice.is_cut and not choice.is_ended for choice in choices):
+                        return  # closes the connection: the other server need not go on
+                    if limit.when() is None and all(choice.finish_reason for choice in choices):
+                        limit.reschedule(asyncio.get_running_loop().time() + TAIL_SECONDS)
+        num_finished = sum(choice.finish_reason is not None for choice in choices)
+        if 0 < num_finished < len(choices) and not isinstance(ask.body.get("prompt"), list):
+            self.upstream.tell_it_takes_one()
+            raise TakesOne
+        if num_finished < len(choices):
             raise BrokenStream("it ended too soon")
 
-    def _append(self, generation: ExternalGeneration, received: UpstreamChoice) -> None:
-        choice = generation.choices[received.index]
+    def _take_in(self, generation: ExternalGeneration, ask: Ask, event: bytes) -> None:
+        if event == DONE:  # some servers give no reason for it
+            for index in range(ask.first, ask.first + ask.num_choices):
+                if generation.choices[index].last_chunk_seconds is not None:
+                    self._append(generation, ask, index, END)
+            return
+        chunk = parse_chunk(event)
+        if chunk.usage:
+            generation.usages[ask.first] = chunk.usage
+        for choice in chunk.choices:
+            if choice.index >= ask.num_choices:
+                raise BrokenStream("it sent more choices than were asked for")
+            self._append(generation, ask, ask.first + choice.index, choice)
+
+    def _append(
+        self, generation: ExternalGeneration, ask: Ask, index: int, received: UpstreamChoice
+    ) -> None:
+        choice = generation.choices[index]
         if choice.finish_reason:
+            choice.is_ended |= received.finish_reason is not None
             return
         arrived_seconds = generation.deadline.arrived_seconds
         stats = StepStats(num_rows=0, num_prompt_tokens=0, queue_seconds=[])
         now_seconds = time.monotonic()
+        logprobs = in_form(ask.route, received.logprobs, choice.num_received)
         if received.added:
             generation.num_chunks += 1
             if choice.last_chunk_seconds is None:
@@ -471,16 +549,15 @@ class ExternalBackend(Backend):
             else:
                 stats.inter_token_seconds.append(now_seconds - choice.last_chunk_seconds)
             choice.last_chunk_seconds = now_seconds
-        logprobs = received.logprobs
         self._leave_out_forbidden(logprobs)
         gained = choice.add(received.added, logprobs, received.finish_reason)
         if finish_reason := choice.finish_reason:
             generation.finish_reasons.add(finish_reason)
             stats.finished.append((finish_reason, now_seconds - arrived_seconds))
-            stats.num_rollbacks = int(choice.is_cut)
+            stats.num_rollbacks = int(choice.is_cut and finish_reason == "content_filter")
         if gained:
             text, logprobs = gained
-            generation.gained.put_nowait(text_delta(received.index, text, logprobs, finish_reason))
+            generation.gained.put_nowait(text_delta(index, text, logprobs, finish_reason))
         self.on_step(stats)
 
     def _leave_out_forbidden(self, logprobs: Logprobs | None) -> None:
@@ -501,10 +578,22 @@ class ExternalBackend(Backend):
                         if text == chosen or not self._is_forbidden(text)
                     }
 
-    def _count(self, generation: ExternalGeneration, usage: UpstreamUsage) -> None:
+    def _count(self, generation: ExternalGeneration) -> None:
         """Puts the other server's own count in place of that of the chunks."""
-        num_more = max(0, usage.completion_tokens - generation.num_chunks)
-        self.on_step(StepStats(0, usage.prompt_tokens, [], num_untimed_tokens=num_more))
+        num_more = max(0, generation.num_generated_tokens - generation.num_chunks)
+        num_prompt_tokens = generation.num_prompt_tokens
+        self.on_step(StepStats(0, num_prompt_tokens, [], num_untimed_tokens=num_more))
+
+
+def in_form(
+    route: Route, logprobs: UpstreamLogprobs | None, num_characters: int
+) -> Logprobs | None:
+    """A chunk's log probabilities as this route has them, if they can be; num_characters: of the
+    text before it."""
+    if isinstance(logprobs, UpstreamChatLogprobs):
+        is_chat = route == "chat/completions"
+        return logprobs.as_chat() if is_chat else logprobs.as_completion(num_characters)
+    return logprobs if route == "completions" else None
 
 
 def estimated_tokens(text: str) -> int:

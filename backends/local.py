@@ -27,6 +27,7 @@ from backends.base import (
     holds_forbidden_word,
     new_token_budget,
 )
+from backends.generation_config import AuthorsDefaults
 from backends.logprobs import ChoiceLogprobs, TokenSpelling
 from backends.reader import Pieces, Reader, read_at_once
 from engine import (
@@ -49,6 +50,7 @@ class LocalBackend(Backend):
 
     generator: the pipeline; its tokenizer stays while its model is out of memory.
     content_filter: what prompts must not hold. reader: where long prompts are read.
+    defaults: what the model's author asks for, where that is to be followed.
     log_prompts: called with each request's prompts; None where they are not to be logged.
     """
 
@@ -63,6 +65,7 @@ class LocalBackend(Backend):
         content_filter: TextFilter,
         request_timeout_seconds: float,
         reader: Reader,
+        defaults: AuthorsDefaults | None = None,
         log_prompts: LogPrompts | None = None,
     ):
         self.name = name
@@ -72,6 +75,7 @@ class LocalBackend(Backend):
         self.content_filter = content_filter
         self.request_timeout_seconds = request_timeout_seconds
         self.reader = reader
+        self.defaults = defaults or AuthorsDefaults()
         self.log_prompts = log_prompts or (lambda prompts: None)
         model = engine.model
         kernel = engine.kernel.name
@@ -164,7 +168,8 @@ class LocalBackend(Backend):
                 top_p=params.top_p,
                 top_k=params.top_k,
                 seed=params.seed,
-                stop=tuple(params.stop),
+                stop=(*params.stop, *self.defaults.stop),
+                rules=self.defaults.rules,
             )
             await client.reserve(num_prompt_tokens, num_sequences * sampling.max_new_tokens)
             requests = self.engine.submit_all([read], sampling, place=place, streams=streams)
@@ -204,7 +209,9 @@ class LocalBackend(Backend):
             deadline = self._deadline(place)
             prompt = await self.reader.read(client, deadline, texts, self._chat_prompt(body, texts))
             num_prompt_tokens = len(prompt.token_ids)
-            max_tokens = body.most_tokens or self.max_model_len - num_prompt_tokens
+            room_tokens = self.max_model_len - num_prompt_tokens
+            default_tokens = min(self.defaults.max_new_tokens or room_tokens, room_tokens)
+            max_tokens = body.most_tokens or default_tokens
             num_logprobs = body.top_logprobs if body.logprobs else None
             sampling = self._sampling_params(body, max_tokens, num_logprobs)
             await client.reserve(num_prompt_tokens, body.n * max_tokens)
@@ -246,21 +253,18 @@ class LocalBackend(Backend):
             reason = f"must not be above the {max_tokens} tokens to generate"
             raise InvalidField("min_tokens", reason)
         return SamplingParams(
+            **self.defaults.sampling_of(body),
             max_new_tokens=max_tokens,
-            temperature=body.temperature,
-            top_k=body.top_k,
-            top_p=body.top_p,
-            min_p=body.min_p,
-            repetition_penalty=body.repetition_penalty,
             presence_penalty=body.presence_penalty,
             frequency_penalty=body.frequency_penalty,
             logit_bias=logit_bias,
             min_tokens=body.min_tokens,
             ignore_eos=body.ignore_eos,
-            stop=tuple(body.stop),
+            stop=(*body.stop, *(() if body.ignore_eos else self.defaults.stop)),
             num_logprobs=num_logprobs,
             num_prompt_logprobs=num_prompt_logprobs,
             seed=body.seed,
+            rules=self.defaults.rules,
         )
 
     def _text_prompt(self, text: str, is_chat: bool) -> Pieces[Prompt]:

@@ -1,26 +1,27 @@
-"""The connection to another server that speaks OpenAI's protocol, and what it sends.
+"""The connection to another server that speaks OpenAI's protocol, and what it is found to take.
 
-A request that may have reached it is never sent twice: only a connection that could not be
-made is tried again. Nothing that it says in an error goes on to a client or the log, since it
-may quote the prompt.
+A request that may have begun there is never sent twice: a connection that could not be made is
+tried again, and what the server refused is sent without what it refused, if that leaves the
+answer what it is. What was found out holds for all requests to come. Nothing that the server says
+in an error goes on to a client or the log, since it may quote the prompt.
 """
 
 import asyncio
 import logging
 import random
 import re
-from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
-from typing import Any, Literal
+from typing import Any
 
 import httpx
-from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import from_json
 
-import models
-from backends.base import Busy, Refused, Unreachable
-from engine import EngineError, FinishReason, InferenceError
+from backends.base import Busy, InvalidField, Refused, Unreachable
+from backends.chunks import read_beginning
+from backends.dialect import Dialect, Route
+from backends.refusals import Refusal, read_refusal
+from engine import EngineError, InferenceError
 
 logger = logging.getLogger("external")
 
@@ -30,131 +31,19 @@ RETRY_PAUSES_SECONDS = (0.1, 0.4)
 PROBE_SECONDS = 2.0  # between attempts to reach a server that could not be reached
 # Less than the 5 seconds of uvicorn and Node, which may close a connection just as it is used.
 KEEPALIVE_SECONDS = 2.0
-MAX_EVENT_BYTES = 8 << 20  # one event may hold the log probabilities of a long prompt
-MAX_ANSWER_BYTES = 64 << 20  # far more than any text has: a stream without an end is an error
-KEPT_CODES = ("context_length_exceeded", "content_filter")  # of errors; they quote nothing
-
-Route = Literal["completions", "chat/completions"]
-Logprobs = models.CompletionLogprobs | models.ChatLogprobs
-
-
-class BrokenStream(Exception):
-    """What came is no answer in OpenAI's form; the message quotes nothing of it."""
-
-
-# --- What it sends ------------------------------------------------------------------------------
-
-
-class UpstreamChoice(BaseModel, ABC):
-    index: int = Field(ge=0)
-    finish_reason: FinishReason | None = None
-    logprobs: Any = None
-
-    @property
-    @abstractmethod
-    def added(self) -> str:
-        """The text of the chunk."""
-
-
-class UpstreamCompletionChoice(UpstreamChoice):
-    text: str | None = None
-    logprobs: models.CompletionLogprobs | None = None
-
-    @property
-    def added(self) -> str:
-        return self.text or ""
-
-
-class UpstreamChatChoice(UpstreamChoice):
-    delta: models.MessageDelta
-    logprobs: models.ChatLogprobs | None = None
-
-    @property
-    def added(self) -> str:
-        return self.delta.content or ""
-
-
-class UpstreamUsage(BaseModel):
-    prompt_tokens: int = Field(ge=0, lt=1 << 31)
-    completion_tokens: int = Field(default=0, ge=0, lt=1 << 31)
-
-
-class UpstreamChunk(BaseModel):
-    usage: UpstreamUsage | None = None
-    choices: Sequence[UpstreamChoice]
-
-
-class CompletionChunk(UpstreamChunk):
-    choices: list[UpstreamCompletionChoice]
-
-
-class ChatChunk(UpstreamChunk):
-    choices: list[UpstreamChatChoice]
-
-
-CHUNKS: dict[Route, type[UpstreamChunk]] = {
-    "completions": CompletionChunk,
-    "chat/completions": ChatChunk,
-}
-
-
-def parse_chunk(route: Route, event: bytes) -> UpstreamChunk:
-    """The chunk that an event holds. Raises BrokenStream, also for an error event."""
-    try:
-        content = from_json(event, allow_inf_nan=False)  # unlike json's, it takes no lone surrogate
-    except ValueError:
-        raise BrokenStream("it sent no JSON") from None
-    if isinstance(content, dict) and content.get("error") is not None:
-        raise BrokenStream("it sent an error")
-    try:
-        return CHUNKS[route].model_validate(content)
-    except ValidationError:
-        raise BrokenStream("it sent a chunk of another form") from None
-
-
-async def read_events(response: httpx.Response) -> AsyncGenerator[bytes]:
-    """The data of each server-sent event. Raises BrokenStream for more than is allowed."""
-    rest, num_bytes = b"", 0
-    async for part in response.aiter_bytes():
-        num_bytes += len(part)
-        *lines, rest = (rest + part).split(b"\n")
-        if max(map(len, (rest, *lines))) > MAX_EVENT_BYTES or num_bytes > MAX_ANSWER_BYTES:
-            raise BrokenStream("it sent too much")
-        for line in lines:
-            if line.startswith(b"data:"):
-                yield line[5:].strip()
-
-
-async def read_beginning(response: httpx.Response) -> bytes:
-    """The body, or the first MAX_EVENT_BYTES and some of it."""
-    body = b""
-    async for part in response.aiter_bytes():
-        body += part
-        if len(body) > MAX_EVENT_BYTES:
-            break
-    return body
-
-
-def merge_logprobs(parts: list[Logprobs]) -> Logprobs | None:
-    """The log probabilities of several chunks as those of one."""
-    if not parts:
-        return None
-    whole, *rest = parts
-    for part in rest:
-        for name, more in part:
-            if isinstance(more, list) and isinstance(known := getattr(whole, name), list):
-                known += more
-    return whole
-
-
-# --- The connection -----------------------------------------------------------------------------
+BUSY_STATUSES = (429, 503, 529)  # the last is Anthropic's `overloaded_error`
+REFUSED_STATUSES = (400, 413, 422)  # of the request itself; their bodies say why
+# A refusal that names one of these is of the whole request.
+ESSENTIAL_FIELDS = ("model", "prompt", "messages", "stream", "n", "max_tokens")
 
 
 class Upstream:
     """One model of another server. Everything runs on the event loop.
 
     name: what the model is called here, for the log. upstream_name: what it is called there.
-    url: the base of its OpenAI routes. max_num_requests: open at the same time.
+    url: the base of its OpenAI routes. max_num_requests: open at the same time. key_setting: the
+    variable that its key is, or would be, in. has_chat_only: whether it is known to have no
+    `completions`; else that is found out.
     """
 
     def __init__(
@@ -165,11 +54,15 @@ class Upstream:
         upstream_name: str,
         api_key: str | None,
         max_num_requests: int,
+        key_setting: str = "EXTERNAL_API_KEY",
+        has_chat_only: bool = False,
     ):
         self.name = name
         self.url = url
         self.upstream_name = upstream_name
         self.max_num_requests = max_num_requests
+        self.key_setting = key_setting
+        self.dialect = Dialect(has_completions=False if has_chat_only else None)
         self.max_model_len: int | None = None  # not known
         self.is_reachable = True  # until it could not be reached
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -251,14 +144,44 @@ class Upstream:
             logger.info("%s: upstream answers again", self.name)
         self.is_reachable = True
 
+    # Asking it.
+
     @asynccontextmanager
     async def open(
         self, route: Route, body: dict[str, Any], request_id: str
     ) -> AsyncGenerator[httpx.Response]:
-        """The answer, with status 200, to be read in the block.
+        """The answer, with status 200, to be read in the block; to a request in another form if
+        the server takes it in no other: it may be one of `chat/completions`.
 
-        Raises Unreachable, Busy, Refused, InferenceError, and httpx.HTTPError.
+        Raises TakesOne, InvalidField, Unreachable, Busy, Refused, InferenceError, httpx.HTTPError.
         """
+        through_chat = False
+        while True:
+            written_route, written = self.dialect.write(route, body, through_chat)
+            response = await self._send(written_route, written, request_id)
+            try:
+                if response.status_code == 200:
+                    self._find_out(route, written_route)
+                    yield response
+                    return
+                refusal = await self._read_refusal(response)
+            finally:
+                await response.aclose()
+            if (
+                refusal.has_no_completions
+                and written_route == "completions"
+                and self.dialect.has_completions is None
+            ):
+                logger.info("%s: upstream answered %d to completions", self.name, refusal.status)
+                through_chat = True
+                continue
+            for news in self.dialect.learn(written, refusal):
+                logger.warning("%s: upstream refuses %s from now on", self.name, news)
+            if self.dialect.write(route, body, through_chat) == (written_route, written):
+                raise self._error(refusal, body, response.headers.get("retry-after", ""))
+
+    async def _send(self, route: Route, body: dict[str, Any], request_id: str) -> httpx.Response:
+        """The answer, whose body has not been read."""
         client = self._client()
         headers = {"X-Request-ID": request_id}
         sent = client.build_request("POST", f"{self.url}/{route}", json=body, headers=headers)
@@ -272,28 +195,50 @@ class Upstream:
                     raise Unreachable from None
                 await asyncio.sleep(pause_seconds * random.uniform(0.5, 1.5))
         self._reach()
-        try:
-            if response.status_code != 200:
-                raise await self._refusal(response)
-            yield response
-        finally:
-            await response.aclose()
+        return response
 
-    async def _refusal(self, response: httpx.Response) -> EngineError:
-        status = response.status_code
+    def _find_out(self, route: Route, answered_route: Route) -> None:
+        """Keeps in mind whether there are completions, once a request for them was answered."""
+        if route != "completions" or self.dialect.has_completions is not None:
+            return
+        self.dialect.has_completions = answered_route == route
+        if not self.dialect.has_completions:
+            logger.warning(
+                "%s: upstream has no completions: prompts are sent to chat/completions from now on",
+                self.name,
+            )
+
+    def tell_it_takes_one(self) -> None:
+        """To be called when fewer choices came than were asked for."""
+        if self.dialect.takes_several:
+            logger.warning("%s: upstream ignores n: one text at a time is asked for", self.name)
+        self.dialect.takes_several = False
+
+    async def _read_refusal(self, response: httpx.Response) -> Refusal:
+        body = b""
+        if response.status_code in REFUSED_STATUSES:
+            with suppress(httpx.HTTPError):  # the status says enough
+                body = await read_beginning(response)
+        return read_refusal(response.status_code, body)
+
+    def _error(self, refusal: Refusal, body: dict[str, Any], retry_after: str) -> EngineError:
+        status = refusal.status
         advice = {
-            401: "; is EXTERNAL_API_KEY right?",
-            403: "; is EXTERNAL_API_KEY right?",
+            401: f"; is {self.key_setting} right?",
+            403: f"; is {self.key_setting} right?",
             404: "; are the address and the model's name in MODEL_NAME right?",
         }
         level = logging.ERROR if status in advice else logging.WARNING
         logger.log(level, "%s: upstream answered %d%s", self.name, status, advice.get(status, ""))
-        if status in (429, 503):
-            wait = response.headers.get("retry-after", "")
-            return Busy(max(1, int(wait)) if re.fullmatch("[0-9]{1,4}", wait) else 1)
-        if status not in (400, 413, 422):
+        if status in BUSY_STATUSES:
+            is_number = re.fullmatch("[0-9]{1,4}", retry_after)
+            return Busy(max(1, int(retry_after)) if is_number else 1)
+        if status not in REFUSED_STATUSES:
             return InferenceError("upstream failed")
-        code = None
-        with suppress(ValueError, KeyError, TypeError, httpx.HTTPError):  # the status says enough
-            code = from_json(await read_beginning(response))["error"]["code"]
-        return Refused(code if code in KEPT_CODES else None)
+        for field in refusal.fields:
+            name = field.name
+            if name == "top_logprobs" and name not in body:  # sent for completions' `logprobs`
+                name = "logprobs"
+            if name in body and name not in ESSENTIAL_FIELDS:
+                return InvalidField(name, f"is not supported by {self.name}, an external model")
+        return Refused(refusal.code)

@@ -29,7 +29,8 @@ One prompt or generated token is one row of the forward pass, whichever sequence
 belongs to: rows of short prompts ride along with the running sequences' next tokens.
 Seeds mean the same text in any company because a row's numbers do not depend on the
 rows beside it. In int8 that is so by construction; else the engine checks it on the
-loaded model, bit by bit, and from that chooses how many rows it runs at once (`ModelRunner.measure_batch_invariance`).
+loaded model, bit by bit, and from that chooses how many rows it runs at once
+(`ModelRunner.measure_batch_invariance`).
 """
 
 from engine.engine import Engine
@@ -53,6 +54,7 @@ from engine.request import (
 )
 from engine.scheduler import is_within_share
 from engine.threads import available_cores
+from engine.token_rules import TokenRules
 
 __all__ = [
     "Delta",
@@ -70,6 +72,7 @@ __all__ = [
     "StepStats",
     "TextFilter",
     "TextReading",
+    "TokenRules",
     "available_cores",
     "choose_kernel",
     "instruction_set",

@@ -16,6 +16,8 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 from tokenizers.decoders import DecodeStream
 
+from engine.token_rules import TokenRules
+
 FinishReason = Literal["stop", "length", "content_filter"]
 
 # EngineError
@@ -59,6 +61,7 @@ class SamplingParams:
     num_logprobs: int | None = None  # None: none; else of the token and so many likeliest ones
     num_prompt_logprobs: int | None = None  # the same for the prompt's tokens
     seed: int | None = None  # 0 … 2^63-1; None draws one
+    rules: TokenRules | None = None  # of the model, for all its texts
 
     @property
     def edits_logits(self) -> bool:
@@ -69,6 +72,7 @@ class SamplingParams:
             or self.frequency_penalty
             or self.logit_bias
             or self.min_tokens
+            or self.rules
         )
 
     def fitted(self, num_prompt_tokens: int, max_model_len: int) -> "SamplingParams":

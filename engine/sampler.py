@@ -42,8 +42,11 @@ def edit_logits(logits: Tensor, seqs: SequenceOf[Sequence], eos_token_ids: Itera
             logits[row, banned] = -math.inf
         if not params.edits_logits:
             continue
+        prompt = seq.request.prompt_token_ids
+        if params.rules:
+            params.rules.add_biases(logits[row], prompt, output)
         if params.repetition_penalty != 1.0:
-            ids = torch.tensor(sorted({*seq.request.prompt_token_ids, *output}))
+            ids = torch.tensor(sorted({*prompt, *output}))
             seen = logits[row, ids]
             penalty = params.repetition_penalty
             logits[row, ids] = torch.where(seen > 0, seen / penalty, seen * penalty)
@@ -58,6 +61,14 @@ def edit_logits(logits: Tensor, seqs: SequenceOf[Sequence], eos_token_ids: Itera
             logits[row, ids] += biases.to(logits.device)
         if len(output) < params.min_tokens:
             logits[row, list(eos_token_ids)] = -math.inf
+        if params.rules:
+            params.rules.restrict(
+                logits[row],
+                prompt,
+                output,
+                max_new_tokens=params.max_new_tokens,
+                eos_token_ids=None if params.ignore_eos else list(eos_token_ids),
+            )
 
 
 def sample(logits: Tensor, seqs: SequenceOf[Sequence]) -> list[int]:

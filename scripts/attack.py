@@ -286,12 +286,15 @@ def main() -> int:
     try:
         asyncio.run(watch(address, 5))  # warms up
         quiet = asyncio.run(watch(address, QUIET_SECONDS))
+
+        def attack_beside_clients(seconds: float) -> tuple[Seen, Counter[tuple[str, str]]]:
+            attacking = attackers.submit(run_attackers, address, seconds)
+            return asyncio.run(watch(address, seconds)), attacking.result()
+
         # What serving at its full width takes is taken once: a first round is not counted.
-        attackers.submit(run_attackers, address, min(seconds, FIRST_SECONDS)).result()
+        attack_beside_clients(min(seconds, FIRST_SECONDS))
         start = asyncio.run(settle(address, server.pid))
-        attacking = attackers.submit(run_attackers, address, seconds)
-        attacked = asyncio.run(watch(address, seconds))
-        outcomes = attacking.result()
+        attacked, outcomes = attack_beside_clients(seconds)
         end = asyncio.run(settle(address, server.pid))
         last = attackers.submit(run_attackers, address, 10)
         time.sleep(5)

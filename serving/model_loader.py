@@ -10,8 +10,10 @@ from urllib.parse import unquote
 
 import httpx
 import torch
+from pydantic import SecretStr
 
 from backends.external import ExternalBackend
+from backends.generation_config import AuthorsDefaults, read_generation_config
 from backends.local import LocalBackend
 from backends.reader import Reader
 from backends.upstream import Upstream
@@ -19,11 +21,13 @@ from engine import Engine, available_cores, choose_kernel, native_dtype
 from serving.content_filter import ContentFilter
 from serving.logs import add_to_log, request_id
 from serving.metrics import ModelMetrics
+from serving.model_sources import is_external, parse_model_names
 from serving.settings import Settings, refuse_setting
 
 logger = getLogger("service")
 
 LoadPipeline = Callable[[str], Any]  # from a folder or id to a text-generation pipeline
+CHAT_ONLY = ";chat"  # in the source of a model whose server has no completions
 
 
 def choose_dtype(settings: Settings) -> torch.dtype:
@@ -68,9 +72,47 @@ def choose_num_threads(settings: Settings) -> int:
     return num_threads
 
 
+def read_external_keys(settings: Settings) -> dict[str, SecretStr]:
+    """The keys of EXTERNAL_API_KEYS by the name of their model. Ends the process for an entry that
+    is no `name=key`, or not of an external model, without repeating it: it may be a key."""
+    if settings.external_api_keys is None:
+        return {}
+    sources = parse_model_names(settings.model_name) if settings.model_name else {}
+    keys: dict[str, SecretStr] = {}
+    entries = settings.external_api_keys.get_secret_value().split(",")
+    for place, entry in enumerate(filter(str.strip, entries), start=1):
+        name, equals, key = (part.strip() for part in entry.partition("="))
+        if not equals or name in keys or not is_external(sources.get(name, "")):
+            reason = "is no name=key, the name being that of one external model in MODEL_NAME"
+            refuse_setting("EXTERNAL_API_KEYS", f"entry {place} {reason}")
+        keys[name] = SecretStr(key)
+    return keys
+
+
 def log_prompts(prompts: str | list[str]) -> None:
     """Puts prompts into the request's log line."""
     add_to_log(prompt=prompts)
+
+
+def tell_of_defaults(name: str, defaults: AuthorsDefaults) -> None:
+    """Logs what a model's generation_config.json changes, and what of it is left out."""
+    of_openai = [f"{field}={value}" for field, value in defaults.sampling.items()]
+    if defaults.max_new_tokens:
+        of_openai.append(f"max_new_tokens={defaults.max_new_tokens} (chat)")
+    if of_openai or defaults.rule_names:
+        logger.info(
+            "generation_config.json of %s: default on /v1: %s; in force on every route: %s; "
+            "GENERATION_CONFIG=none turns this off",
+            name,
+            ", ".join(of_openai) or "nothing",
+            ", ".join(defaults.rule_names) or "nothing",
+        )
+    if defaults.not_applied:
+        logger.warning(
+            "generation_config.json of %s asks for %s, which is not applied",
+            name,
+            ", ".join(defaults.not_applied),
+        )
 
 
 class ModelLoader:
@@ -95,6 +137,7 @@ class ModelLoader:
         self.log_prompts = log_prompts if settings.log_prompts else None
         self.reader = Reader()
         self.num_threads = choose_num_threads(settings)
+        self.external_keys = read_external_keys(settings)
 
     def load_local(self, name: str, source: str) -> LocalBackend:
         """A model that runs here. Raises what transformers does for one that cannot be loaded."""
@@ -114,6 +157,10 @@ class ModelLoader:
             on_step=metrics.observe,
             on_model_needed=partial(self.on_model_needed, name),
         )
+        defaults = None
+        if settings.generation_config == "auto":
+            defaults = read_generation_config(generator.model.generation_config, engine.vocab_size)
+            tell_of_defaults(name, defaults)
         backend = LocalBackend(
             name,
             generator,
@@ -121,6 +168,7 @@ class ModelLoader:
             content_filter=self.content_filter,
             request_timeout_seconds=settings.request_timeout_seconds,
             reader=self.reader,
+            defaults=defaults,
             log_prompts=self.log_prompts,
         )
         metrics.watch(backend)
@@ -142,29 +190,37 @@ class ModelLoader:
 
     def connect_external(self, name: str, source: str) -> ExternalBackend:
         """A model on another server, which need not answer yet. source: the base of its OpenAI
-        routes, and after a `#` the model's name there if it is another."""
+        routes, after a `#` the model's name there if it is another, and `;chat` after either if
+        that server has chat only."""
         settings = self.settings
+        address, _, upstream_name = source.partition("#")
+        has_chat_only = address.endswith(CHAT_ONLY) or upstream_name.endswith(CHAT_ONLY)
+        upstream_name = unquote(upstream_name.removesuffix(CHAT_ONLY))
         try:
-            url = httpx.URL(source)
+            url = httpx.URL(address.removesuffix(CHAT_ONLY))
         except httpx.InvalidURL:
             url = httpx.URL()
         is_address = url.scheme in ("http", "https") and url.host and (url.port or 0) < 65536
-        if not name or not is_address or url.userinfo or url.query:  # URLs end up in logs
+        is_plain = not (url.userinfo or url.query or ";" in url.path)  # URLs end up in logs
+        if not name or not is_address or not is_plain:
             refuse_setting(
                 "MODEL_NAME",
                 f"{name!r} is to be served from an address that is not https://host/v1; a key "
-                "belongs in EXTERNAL_API_KEY",
+                "belongs in EXTERNAL_API_KEY or EXTERNAL_API_KEYS",
             )
-        secret = settings.external_api_key
+        secret = self.external_keys.get(name, settings.external_api_key)
+        key_setting = "EXTERNAL_API_KEYS" if name in self.external_keys else "EXTERNAL_API_KEY"
         key = secret.get_secret_value() if secret else None
         if key and not re.fullmatch("[!-~]+", key):
-            refuse_setting("EXTERNAL_API_KEY", "has other than ASCII letters and signs")
+            refuse_setting(key_setting, "has other than ASCII letters and signs")
         upstream = Upstream(
             name,
-            str(url.copy_with(fragment=None)).rstrip("/"),
-            upstream_name=unquote(url.fragment) or name,
+            str(url).rstrip("/"),
+            upstream_name=upstream_name or name,
             api_key=key,
             max_num_requests=settings.max_num_seqs + settings.max_queue_size,
+            key_setting=key_setting,
+            has_chat_only=has_chat_only,
         )
         metrics = ModelMetrics(name)
         backend = ExternalBackend(

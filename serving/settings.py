@@ -29,7 +29,14 @@ class Settings(BaseSettings):
         "Unset: all.",
     )
     external_api_key: SecretStr | None = Field(
-        default=None, description="Sent to every external server as its bearer token."
+        default=None,
+        description="Sent as its bearer token to every external server that has no key of its own "
+        "in `EXTERNAL_API_KEYS`.",
+    )
+    external_api_keys: SecretStr | None = Field(
+        default=None,
+        description="Comma-separated `name=key`, the names as in `MODEL_NAME`: keys of single "
+        "external models; `name=` sends none there.",
     )
     forbidden_words: str = Field(
         default="hate*,violence",
@@ -48,6 +55,11 @@ class Settings(BaseSettings):
         default="auto",
         description="`int8` packs weights to 8 bits (CPU only). `auto` does so where it is the "
         "fastest and the loaded model loses less than 1% by it. `none`: as `DTYPE` says.",
+    )
+    generation_config: Literal["auto", "none"] = Field(
+        default="auto",
+        description="`auto` takes what a model's `generation_config.json` asks for; `none` nothing "
+        "of it but which tokens end a text.",
     )
     torch_num_threads: int | None = Field(
         default=None, ge=1, description="Unset: the cores that the process may use."

@@ -28,7 +28,13 @@ Body = TypeVar("Body", models.CompletionRequest, models.ChatCompletionRequest)
 
 def system_fingerprint(model_name: str, settings: Settings) -> str:
     """Changes with what may change the text of a seed."""
-    described = (model_name, torch.__version__, settings.dtype, settings.quantization)
+    described = (
+        model_name,
+        torch.__version__,
+        settings.dtype,
+        settings.quantization,
+        settings.generation_config,
+    )
     return "fp_" + hashlib.sha256(repr(described).encode()).hexdigest()[:10]
 
 

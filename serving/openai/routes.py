@@ -25,7 +25,10 @@ openai_routes = APIRouter(tags=["openai"], route_class=BoundedRoute)
 async def create_completion(
     http: Request, body: models.CompletionRequest, client: CurrentClient, service: CurrentService
 ) -> Any:
-    """OpenAI's completions: continues one or more prompts, given as text or as token ids."""
+    """OpenAI's completions: continues one or more prompts, given as text or as token ids.
+
+    Where the model's `generation_config.json` has another default for `temperature`, `top_p`,
+    `top_k`, `min_p` or `repetition_penalty`, that is taken."""
     if body.num_drawn < body.n:
         raise InvalidField("best_of", "must not be below n")
     if body.num_drawn > body.n and body.stream:
@@ -48,7 +51,10 @@ async def create_chat_completion(
     client: CurrentClient,
     service: CurrentService,
 ) -> Any:
-    """OpenAI's chat completions, for models with a chat template."""
+    """OpenAI's chat completions, for models with a chat template.
+
+    Where the model's `generation_config.json` has another default for `temperature`, `top_p`,
+    `top_k`, `min_p`, `repetition_penalty` or the length, that is taken."""
     if body.top_logprobs and not body.logprobs:
         raise InvalidField("top_logprobs", "needs logprobs")
     backend = service.backend(body.model)

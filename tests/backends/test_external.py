@@ -637,14 +637,14 @@ DONE = b"data: [DONE]"
     "answer",
     [
         streamed(CHUNK),
-        streamed(CHUNK, DONE),
+        streamed(CHUNK, {"object": "error", "message": PROMPT, "code": 400}, DONE),
         streamed(CHUNK, {"error": {"message": PROMPT, "code": 500}}),
         streamed(CHUNK, b"data: {"),
         streamed(CHUNK, b"data: " + b"[" * 100_000),
         streamed(CHUNK, {"choices": [{"index": 1, "text": "a"}]}),
         streamed(CHUNK, {"choices": [{"index": -1, "text": "a"}]}),
         streamed(CHUNK, {"choices": [{"index": 0, "text": "\ud800"}]}),
-        streamed(CHUNK, {"choices": [{"index": 0, "text": "a", "finish_reason": "abort"}]}),
+        streamed(CHUNK, b"data: 3"),
         streamed(CHUNK, {"choices": [{"index": 0, "text": 3}]}),
         streamed(CHUNK, {"choices": [], "usage": {"prompt_tokens": -1}}),
         streamed(CHUNK, b"data: {" + b" " * 9_000_000),
@@ -696,6 +696,34 @@ def test_stream_without_its_last_line_is_whole() -> None:
         ):
             answer = client.post("/generate", json={"prompt": PROMPT})
             assert answer.json()["generated_text"] == PROMPT + " there was"
+
+
+FOREIGN = {"choices": [{"index": 0, "text": " was", "finish_reason": "eos_token"}]}
+LOGPROBS = {"content": [{"id": 1, "token": " there", "logprob": float("-inf"), "top_logprobs": []}]}
+WITH_LOGPROBS = {"choices": [{"index": 0, "text": " there", "logprobs": LOGPROBS}]}
+UNREASONED = {"choices": [{"index": 0, "text": " was", "finish_reason": ""}]}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        streamed(CHUNK, FOREIGN, DONE),
+        streamed(CHUNK, UNREASONED, DONE),
+        streamed(CHUNK, {"usage": {"prompt_tokens": 4, "completion_tokens": 2}}, LAST, DONE),
+        streamed(CHUNK, {"choices": None, "usage": {}}, LAST, DONE),
+        streamed(WITH_LOGPROBS, LAST, DONE),
+        streamed(b"\xef\xbb\xbfdata: " + json.dumps(CHUNK).encode(), LAST, DONE),
+        streamed(CHUNK, LAST, DONE).replace(b"\n\n", b"\r\r"),
+    ],
+    ids=range(7),
+)
+def test_text_is_not_lost_over_an_ornament(answer: bytes) -> None:
+    """Each of these was a 500. TGI ends with `eos_token`; others with no reason, with usage and no
+    choices, with log probabilities of another form, a byte order mark, CR alone."""
+    with scripted(answer) as address, in_front(connected(address)) as client:
+        whole = client.post("/v1/completions", json={"prompt": PROMPT, "logprobs": 0}).json()
+        (choice,) = whole["choices"]
+        assert (choice["text"], choice["finish_reason"]) == (" there was", "stop")
 
 
 # --- Upstream goes, and returns -----------------------------------------------------------------

@@ -27,3 +27,26 @@ def test_choice_sees_a_word_that_begins_in_a_long_prompt() -> None:
     assert "".join(g[0] for _ in range(1000) if (g := long.add("a king ", None, None)))
     assert long.reading
     assert len(long.reading.characters) < 50
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize(
+    ("text", "given", "reason"),
+    [
+        ("He has a hat. She has none", "He has a hat", "stop"),
+        ("He has a hat, she", "He has a hat, she", "length"),
+        ("He has hate. She", "He has ", "content_filter"),
+        ("He has a ha. Sted", "He has a ha", "stop"),
+    ],
+)
+def test_choice_ends_before_a_stop_string(size: int, text: str, given: str, reason: str) -> None:
+    choice = HeldText(True, ContentFilter("hate*").read("Once "), [". S", "never"])
+    gained = ""
+    for start in range(0, len(text), size):
+        is_last = start + size >= len(text)
+        part = choice.add(text[start : start + size], None, "length" if is_last else None)
+        gained += part[0] if part else ""
+        assert text.startswith(gained)
+        if choice.finish_reason:
+            break
+    assert (gained, choice.finish_reason) == (given, reason)
