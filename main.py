@@ -55,7 +55,13 @@ from serving.browsers import (
     read_cors_origins,
 )
 from serving.content_filter import ContentFilter
-from serving.documentation import ERRORS, EVENTS, document_vocabulary
+from serving.documentation import (
+    ERRORS,
+    EVENTS,
+    document_models,
+    document_refusals,
+    operation_id,
+)
 from serving.error_handlers import add_error_handlers
 from serving.http_protocol import OpenConnections
 from serving.logs import set_up_logging
@@ -128,27 +134,34 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
 
 
 app = FastAPIOffline(
+    docs_url=None,  # serving/routes.py has both
+    redoc_url=None,
     title="GPT-2 text generation",
     version=VERSION,
     description="Text generation with GPT-2-class language models. "
     "Generated text can be wrong or offensive; check it before you use it.",
     lifespan=lifespan,
+    generate_unique_id_function=operation_id,
     # A redirect would repeat the path, which may be a prompt.
     redirect_slashes=False,
 )
 app.state.service = service
 app.router.route_class = BoundedRoute
-document_vocabulary(app, registry)
+key_names = read_api_keys(settings)
+document_models(app, registry)
+document_refusals(app, settings, needs_key=bool(key_names))
 add_error_handlers(app)
 
-key_names = read_api_keys(settings)
 # From the inside out: the last one added is the first that a request meets.
 app.add_middleware(BodyLimitMiddleware, max_body_bytes=settings.max_body_bytes)
 app.add_middleware(UnexpectedErrorMiddleware)
 app.add_middleware(RateLimitMiddleware, settings=settings)
 app.add_middleware(ShutdownMiddleware, shutdown=service.shutdown)
 app.add_middleware(
-    ApiKeyMiddleware, key_names=key_names, metrics_need_key=settings.metrics_need_key
+    ApiKeyMiddleware,
+    key_names=key_names,
+    metrics_need_key=settings.metrics_need_key,
+    docs_need_key=settings.docs_need_key,
 )
 app.add_middleware(
     BrowserMiddleware,

@@ -1,12 +1,13 @@
 """The schemas of every route, by family; the ranges in them are the contract.
 
 Bodies are strict: `true`, `"3"` and `3.0` are not integers, NaN and infinities are no
-numbers, unknown fields are refused. Query strings hold nothing but text, so there the
-same fields are read from decimal digits.
+numbers, unknown fields are refused; a null counts as left out. Query strings hold nothing but
+text, so there the same fields are read from decimal digits.
 """
 
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
@@ -22,10 +23,12 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
 MAX_PROMPT_CHARACTERS = 500
-SEED_LIMIT = 2**63  # exclusive: it is exact as a float, which OpenAPI makes of it
+# Of 64 bits, with a sign or without; the document says int64, since generators know no more.
+MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1
 # A body is checked on the event loop, so whatever a client can make long has an end, at which
 # pydantic stops; and of a list that may be long only the first fault is told.
 MAX_FIELDS = 100  # of one object
@@ -34,8 +37,10 @@ MAX_PROMPT_TOKENS = 131_072
 MAX_MESSAGES = 2048
 MAX_TEXT_PARTS = 256
 MAX_LOGIT_BIASES = 1024
+MAX_STOP_TOKENS = 128
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+INTEGER = re.compile("-?[0-9]+")
 
 
 def _plain_text(text: str) -> str:
@@ -49,6 +54,13 @@ def _plain_text(text: str) -> str:
 
 def _one_or_more(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
+
+
+def _of_64_bits(seed: int) -> int | None:
+    """The seed; None for -1, which asks for any."""
+    if not MIN_SEED <= seed <= MAX_SEED:
+        raise ValueError("must be a 64-bit integer")
+    return None if seed == -1 else seed
 
 
 Text = Annotated[str, AfterValidator(_plain_text)]
@@ -70,6 +82,14 @@ _UpToFour = Annotated[list[StopString], Field(max_length=4)]
 StopStrings = Annotated[
     _UpToFour, BeforeValidator(_one_or_more, json_schema_input_type=StopString | _UpToFour)
 ]
+_UpToSixteen = Annotated[list[StopString], Field(max_length=16)]
+ManyStopStrings = Annotated[
+    _UpToSixteen, BeforeValidator(_one_or_more, json_schema_input_type=StopString | _UpToSixteen)
+]
+
+# A field that may be left out. That a null may stand for it is not in the document, where it
+# would make two types of each: generated clients leave out what they do not send.
+Left = SkipJsonSchema[None]
 
 
 class _Strict(BaseModel):
@@ -77,11 +97,14 @@ class _Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_many_fields(cls, body: Any) -> Any:
-        """Each unknown field would be an error of its own."""
-        if isinstance(body, dict) and len(body) > MAX_FIELDS:
+    def _drop_nulls(cls, body: Any) -> Any:
+        """A null field counts as left out, as in OpenAI's own API. Of very many fields each
+        unknown one would be an error of its own."""
+        if not isinstance(body, dict):
+            return body
+        if len(body) > MAX_FIELDS:
             raise PydanticCustomError("too_many_fields", f"at most {MAX_FIELDS} fields")
-        return body
+        return {name: value for name, value in body.items() if value is not None}
 
 
 # --- Sampling parameters, shared by every route -------------------------------------------------
@@ -102,7 +125,7 @@ class LengthFields(_Strict):
     """How much text is generated."""
 
     max_length: MaxLength = 50
-    max_new_tokens: int | None = Field(
+    max_new_tokens: int | Left = Field(
         default=None,
         ge=1,
         le=200,
@@ -117,16 +140,18 @@ Temperature = Annotated[
 TopP = Annotated[
     float,
     Field(
-        gt=0,
+        ge=0,
         le=1,
-        description="Only the likeliest tokens that together have this probability; 1 keeps all.",
+        description="Only the likeliest tokens that together have this probability; 1 keeps all, "
+        "0 takes the likeliest.",
     ),
 ]
 TopK = Annotated[
     int,
     Field(
-        ge=0,
-        description="Only so many of the likeliest tokens, up to the vocabulary; 0 keeps all.",
+        ge=-1,
+        description="Only so many of the likeliest tokens, up to the vocabulary; 0 and -1 keep "
+        "all.",
     ),
 ]
 NumSequences = Annotated[int, Field(ge=1, le=8, description="How many continuations to draw.")]
@@ -138,15 +163,17 @@ class SamplingFields(_Strict):
     temperature: Temperature = 1.0
     top_p: TopP = 0.9
     top_k: TopK = 50
-    seed: int | None = Field(
+    seed: Annotated[int, AfterValidator(_of_64_bits)] | Left = Field(
         default=None,
-        ge=0,
-        lt=SEED_LIMIT,
-        description="The same seed, prompt and parameters give the same text.",
+        description="Any 64-bit integer: the same one, with the same prompt and parameters, gives "
+        "the same text. -1 draws one.",
         examples=[42],
+        json_schema_extra={"format": "int64"},
     )
+    # Defaults of unions and objects are made anew, which keeps them out of the document: what
+    # generators make of them does not compile.
     stop: StopStrings = Field(
-        default=[],
+        default_factory=list,
         description="Up to four strings; the text ends before the first of them.",
         examples=[["\n\n"]],
     )
@@ -161,8 +188,10 @@ class SequenceCount(_Strict):
 
 
 class ModelChoice(_Strict):
-    model: Text | None = Field(
-        default=None, max_length=256, description="A served model; the default one if left out."
+    model: Text | Left = Field(
+        default=None,
+        max_length=256,
+        description="A served model; the default one if left out or empty.",
     )
 
 
@@ -241,7 +270,7 @@ class _FromQuery(BaseModel):
     )  # fmt: skip
     @classmethod
     def _decimal_digits(cls, value: Any) -> Any:
-        if isinstance(value, str) and not (value.isascii() and value.isdigit()):
+        if isinstance(value, str) and not INTEGER.fullmatch(value):
             raise ValueError("not an integer in decimal digits")
         return value
 
@@ -297,23 +326,109 @@ class ValidationErrors(BaseModel):
 
 # --- OpenAI routes ------------------------------------------------------------------------------
 
-# What OpenAI defines and this service can leave out without changing what a client gets.
-IGNORED_FIELDS = {
-    "metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
-    "service_tier", "store", "user",
+# What OpenAI, vLLM, llama.cpp, text-generation-webui and their clients (LangChain, LiteLLM,
+# Open WebUI, SillyTavern, mikupad) send, and the values at which it changes nothing here, or
+# ANYTHING. All else is refused. The first refused field of this table is named.
+ANYTHING = object()
+NEUTRAL_VALUES: dict[str, Any] = {
+    # OpenAI
+    **dict.fromkeys(
+        ["user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+         "prompt_cache_retention", "reasoning_effort"],
+        ANYTHING,
+    ),
+    "suffix": [""], "response_format": [{"type": "text"}], "verbosity": ["medium"],
+    "tools": [[]], "tool_choice": ["none", "auto"], "parallel_tool_calls": [True, False],
+    "functions": [[]], "function_call": ["none", "auto"],
+    "modalities": [["text"]], "audio": [], "prediction": [], "web_search_options": [],
+    # vLLM
+    **dict.fromkeys(["request_id", "cache_salt", "include_reasoning", "guided_decoding_backend"],
+                    ANYTHING),
+    "use_beam_search": [False], "length_penalty": ANYTHING, "early_stopping": [False],
+    "priority": [0], "bad_words": [[]], "allowed_token_ids": [], "truncate_prompt_tokens": [],
+    "skip_special_tokens": [True], "spaces_between_special_tokens": [True],
+    "prompt_logprobs": [], "return_token_ids": [False], "return_tokens_as_token_ids": [False],
+    "logits_processors": [[]], "prompt_embeds": [], "kv_transfer_params": [], "vllm_xargs": [{}],
+    "structured_outputs": [], "guided_json": [], "guided_regex": [], "guided_choice": [],
+    "guided_grammar": [""], "guided_whitespace_pattern": [], "echo": [False], "best_of": [1],
+    "add_generation_prompt": [True], "continue_final_message": [False], "documents": [[]],
+    "chat_template": [], "chat_template_kwargs": [{}], "mm_processor_kwargs": [{}],
+    # llama.cpp
+    **dict.fromkeys(["cache_prompt", "id_slot", "n_keep", "xtc_threshold", "dynatemp_exponent",
+                     "dry_base", "penalize_nl", "dry_allowed_length", "dry_penalty_last_n",
+                     "dry_sequence_breakers", "mirostat_tau", "mirostat_eta"], ANYTHING),
+    "typical_p": [1], "tfs_z": [1], "top_n_sigma": [0, -1], "xtc_probability": [0],
+    "dry_multiplier": [0], "dynatemp_range": [0], "mirostat": [0], "min_keep": [0],
+    "grammar": [""], "json_schema": [{}], "lora": [[]], "samplers": [[]], "n_indent": [0],
+    "timings_per_token": [False], "return_progress": [False], "return_tokens": [False],
+    "post_sampling_probs": [False],
+    # text-generation-webui, and what SillyTavern and mikupad send to all servers of its kind
+    **dict.fromkeys(["api_type", "api_server", "legacy_api", "truncation_length", "num_ctx",
+                     "max_context_length", "smoothing_curve",
+                     "adaptive_decay", "speculative_ngram", "negative_prompt"], ANYTHING),
+    "typical": [1], "tfs": [1], "top_a": [0], "skew": [0], "epsilon_cutoff": [0],
+    "eta_cutoff": [0], "nsigma": [0], "mirostat_mode": [0], "smoothing_factor": [0],
+    "dynamic_temperature": [False], "guidance_scale": [1], "penalty_alpha": [0],
+    "encoder_repetition_penalty": [1], "no_repeat_ngram_size": [0], "num_beams": [1],
+    "min_length": [0], "max_tokens_second": [0], "add_bos_token": [True],
+    "banned_tokens": ["", []], "banned_strings": [[]], "custom_token_bans": ["", []],
+    "grammar_string": [""], "sampler_order": [[]], "sampler_priority": [[]],
+    "temperature_last": [False], "do_sample": [True], "rep_pen_slope": [1],
+    "repetition_decay": [0],
+    # Open WebUI and other chat clients
+    **dict.fromkeys(["chat_id", "session_id", "message_id", "parent_id", "conversation_id", "id",
+                     "features", "variables", "background_tasks", "model_item"], ANYTHING),
+    "files": [[]], "tool_ids": [[]], "tool_servers": [[]], "params": [{}], "filter_ids": [[]],
 }  # fmt: skip
-# What would change the answer, and the values of it that do not.
-UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
-    "suffix": (),
-    "audio": (), "function_call": ("none",), "functions": ([],), "modalities": (["text"],),
-    "parallel_tool_calls": (True, False), "prediction": (), "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},), "tool_choice": ("none", "auto"), "tools": ([],),
-    "verbosity": ("medium",), "web_search_options": (),
+# What changes nothing, whatever it says, while another field has this value.
+NEUTRAL_WHILE = {
+    "do_sample": ("temperature", 0), "temperature_last": ("temperature", 1),
+    "rep_pen_slope": ("repetition_penalty", 1), "repetition_decay": ("repetition_penalty", 1),
+}  # fmt: skip
+# Other names of fields. Some clients send one thing under several, to be understood everywhere.
+OTHER_NAMES = {
+    "max_new_tokens": "max_tokens", "n_predict": "max_tokens", "num_predict": "max_tokens",
+    "rep_pen": "repetition_penalty", "repeat_penalty": "repetition_penalty",
+    "rep_pen_range": "repetition_penalty_range", "repeat_last_n": "repetition_penalty_range",
+    "sampler_seed": "seed", "stopping_strings": "stop", "stop_sequence": "stop",
+    "ban_eos_token": "ignore_eos",
+}  # fmt: skip
+# The same as NEUTRAL_VALUES of a message in a conversation.
+NEUTRAL_MESSAGE_VALUES: dict[str, Any] = {
+    **dict.fromkeys(["id", "metadata", "timestamp", "reasoning", "reasoning_content"], ANYTHING),
+    "annotations": [[]], "tool_calls": [[]], "files": [[]], "images": [[]],
+    "refusal": [""], "function_call": [], "audio": [], "tool_call_id": [], "prefix": [False],
 }  # fmt: skip
 
+
+def _unsupported(field: str, values: list[Any]) -> PydanticCustomError:
+    taken = " or ".join(json.dumps(value) for value in values)
+    reason = f"not supported but as {taken}" if values else "not supported"
+    return PydanticCustomError("unsupported", reason, {"param": field})
+
+
+def _drop_neutral(
+    fields: dict[str, Any], known: Mapping[str, Any], neutral: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Those that are known, or that nobody knows; without what changes nothing. Raises for the
+    first of `neutral` that would change something."""
+    for name in neutral:
+        if fields.get(name) is None or name in known or neutral[name] is ANYTHING:
+            continue
+        other, value = NEUTRAL_WHILE.get(name, (None, None))
+        if fields[name] not in neutral[name] and not (other and fields.get(other, 1) == value):
+            raise _unsupported(name, neutral[name])
+    return {
+        name: value
+        for name, value in fields.items()
+        if name not in neutral or (name in known and neutral[name] is not ANYTHING)
+    }
+
+
 Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+TokenId = Annotated[int, Field(ge=0)]
 TokenIds = Annotated[
-    list[Annotated[int, Field(ge=0)]],
+    list[TokenId],
     Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True),
 ]
 ListsOfTokenIds = Annotated[
@@ -377,18 +492,7 @@ def _few_biases(biases: Any) -> Any:
     return biases
 
 
-class _NullsLeftOut(_Strict):
-    """A null field counts as left out, as in OpenAI's own API."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
-        return {name: value for name, value in body.items() if value is not None}
-
-
-class StreamOptions(_NullsLeftOut):
+class StreamOptions(_Strict):
     include_usage: bool = Field(
         default=False, description="Send the usage in a last event of its own."
     )
@@ -396,12 +500,23 @@ class StreamOptions(_NullsLeftOut):
     include_obfuscation: bool = Field(default=False, description="Accepted, ignored.")
 
 
-class _OpenAIRequest(_NullsLeftOut, ModelChoice, SamplingFields):
-    """What both `/v1` generation routes take. Fields of OpenAI's that change nothing here, like
-    `user` and `store`, count as left out."""
+class _OpenAIRequest(ModelChoice, SamplingFields):
+    """What both `/v1` generation routes take."""
 
     top_p: TopP = 1.0
     top_k: TopK = 0
+    stop: ManyStopStrings = Field(
+        default_factory=list,
+        description="Up to sixteen strings; the text ends before the first of them. One may be a "
+        "special token of the model, like `<|endoftext|>`.",
+        examples=[["\n\n"]],
+    )
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS, fail_fast=True)] = (
+        Field(default=[], description="The text ends before the first of these tokens.")
+    )
+    include_stop_str_in_output: bool = Field(
+        default=False, description="End the text after the stop string or token, not before it."
+    )
     n: NumSequences = 1
     presence_penalty: float = Field(
         default=0, ge=-2, le=2, description="Subtracted once from a token that was generated."
@@ -414,6 +529,11 @@ class _OpenAIRequest(_NullsLeftOut, ModelChoice, SamplingFields):
         ge=0.01,
         le=2,
         description="Above 1: tokens of prompt and text become less likely (CTRL's formula).",
+    )
+    repetition_penalty_range: int = Field(
+        default=0,
+        ge=-1,
+        description="Of so many last tokens of prompt and text; 0 and -1: of all.",
     )
     min_p: float = Field(
         default=0,
@@ -436,22 +556,23 @@ class _OpenAIRequest(_NullsLeftOut, ModelChoice, SamplingFields):
         examples=[{"11": -100}],
     )
     stream: bool = Field(default=False, description="Send chunks as server-sent events.")
-    stream_options: StreamOptions = StreamOptions()
-    user: str | None = Field(default=None, description="Accepted, ignored.")
+    stream_options: StreamOptions = Field(default_factory=StreamOptions)
+    user: str | Left = Field(default=None, description="Accepted, ignored.")
 
     @model_validator(mode="before")
     @classmethod
     def _drop_what_changes_nothing(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
+        if not isinstance(body, dict) or len(body) > MAX_FIELDS:
             return body
-        for name in body.keys() & UNSUPPORTED_FIELDS.keys():
-            if body[name] is not None and body[name] not in UNSUPPORTED_FIELDS[name]:
-                raise PydanticCustomError("unsupported", "not supported", {"param": name})
-        return {
-            name: value
-            for name, value in body.items()
-            if name not in IGNORED_FIELDS and name not in UNSUPPORTED_FIELDS
-        }
+        fields = {name: value for name, value in body.items() if value is not None}
+        for name in OTHER_NAMES:
+            if name not in fields:
+                continue
+            value = fields.pop(name)
+            if fields.setdefault(OTHER_NAMES[name], value) != value:
+                reason = f"must be the same as {OTHER_NAMES[name]}, of which it is another name"
+                raise PydanticCustomError("two_values", reason, {"param": name})
+        return _drop_neutral(fields, cls.model_fields, NEUTRAL_VALUES)
 
 
 class CompletionRequest(_OpenAIRequest):
@@ -467,20 +588,25 @@ class CompletionRequest(_OpenAIRequest):
     )
 
     prompt: CompletionPrompt = Field(
-        description="A text, several, or the token ids of one or of several.",
+        default_factory=str,
+        description="A text, several, or the token ids of one or of several. An empty text begins "
+        "after the token that begins a text or, where there is none, ends one.",
         examples=["Once upon a time"],
     )
     max_tokens: int = Field(
-        default=16, ge=0, description="Tokens to generate; 0 with `echo` scores the prompt."
+        default=16,
+        ge=-1,
+        description="Tokens to generate, or as many as fit, if that is less; -1: as many as fit. "
+        "0 generates nothing; with `echo` and `logprobs` it scores the prompt.",
     )
-    logprobs: int | None = Field(
+    logprobs: int | Left = Field(
         default=None,
         ge=0,
-        le=5,
+        le=20,
         description="Give each token's log probability, and those of so many likeliest tokens.",
     )
     echo: bool = Field(default=False, description="Begin the text with the prompt.")
-    best_of: NumSequences | None = Field(
+    best_of: NumSequences | Left = Field(
         default=None,
         description="Draw so many and give the `n` with the highest mean log probability.",
     )
@@ -492,6 +618,11 @@ class CompletionRequest(_OpenAIRequest):
         return cast(list[str | list[int]], [self.prompt] if is_one else self.prompt)
 
     @property
+    def most_tokens(self) -> int | None:
+        """How many tokens to generate at most; None: as many as fit."""
+        return None if self.max_tokens == -1 else self.max_tokens
+
+    @property
     def num_drawn(self) -> int:
         """How many continuations of each prompt are drawn."""
         return self.best_of or self.n
@@ -500,15 +631,25 @@ class CompletionRequest(_OpenAIRequest):
 class TextPart(_Strict):
     type: Literal["text"]
     text: Text
+    cache_control: dict[str, Any] | Left = Field(default=None, description="Accepted, ignored.")
 
 
-class ChatMessage(_NullsLeftOut):
+class ChatMessage(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
         Text | Annotated[list[TextPart], Field(max_length=MAX_TEXT_PARTS, fail_fast=True)],
         _in_one_message("must be a string or a list of text parts"),
-    ]
-    name: Text | None = Field(default=None, description="Accepted, ignored.")
+    ] = Field(default_factory=str, description="May be left out of an assistant's message alone.")
+    name: Text | Left = Field(default=None, description="Accepted, ignored.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_changes_nothing(cls, message: Any) -> Any:
+        if not isinstance(message, dict) or len(message) > MAX_FIELDS:
+            return message
+        if message.get("content") is None and message.get("role") != "assistant":
+            raise ValueError("content must be a string or a list of text parts")
+        return _drop_neutral(message, cls.model_fields, NEUTRAL_MESSAGE_VALUES)
 
     @property
     def text(self) -> str:
@@ -528,11 +669,18 @@ class ChatCompletionRequest(_OpenAIRequest):
     )
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
-    max_completion_tokens: int | None = Field(
-        default=None, ge=1, description="Tokens to generate; unset: as many as fit."
+    max_completion_tokens: int | Left = Field(
+        default=None,
+        ge=-1,
+        description="Tokens to generate, or as many as fit, if that is less; unset or -1: as many "
+        "as fit.",
+        examples=[60],
     )
-    max_tokens: int | None = Field(
-        default=None, ge=1, description="The older name of `max_completion_tokens`."
+    max_tokens: int | Left = Field(
+        default=None,
+        ge=-1,
+        description="The older name of `max_completion_tokens`.",
+        examples=[60],
     )
     logprobs: bool = Field(default=False, description="Give each token's log probability.")
     top_logprobs: int = Field(
@@ -542,7 +690,14 @@ class ChatCompletionRequest(_OpenAIRequest):
     @property
     def most_tokens(self) -> int | None:
         """How many tokens to generate at most; None: as many as fit."""
-        return self.max_completion_tokens or self.max_tokens
+        named = (self.max_completion_tokens, self.max_tokens)
+        most_tokens = next((each for each in named if each is not None), -1)
+        return None if most_tokens == -1 else most_tokens
+
+    @property
+    def names_length(self) -> bool:
+        """Whether it says how long the answer may be, and be it as long as fits."""
+        return not self.model_fields_set.isdisjoint({"max_completion_tokens", "max_tokens"})
 
 
 class Usage(BaseModel):
@@ -561,10 +716,22 @@ class CompletionLogprobs(BaseModel):
     top_logprobs: list[dict[str, float] | None] | None = Field(
         examples=[[{" there": -1.2}, {" was": -0.4}]]
     )
-    text_offset: list[int] = Field(description="In characters of `text`.", examples=[[0, 6]])
+    text_offset: list[int] = Field(
+        description="Where in `text` each token begins, in characters; its end for those of a stop "
+        "string, which the text leaves out.",
+        examples=[[0, 6]],
+    )
 
 
 FinishReason = Literal["stop", "length", "content_filter"]
+
+
+StopReason = Annotated[
+    int | str | None,
+    Field(
+        description="The stop string or the id of the stop token that ended the text, else null."
+    ),
+]
 
 
 class CompletionChoice(BaseModel):
@@ -572,6 +739,7 @@ class CompletionChoice(BaseModel):
     text: str = Field(examples=[" there was a king"])
     logprobs: CompletionLogprobs | None = None
     finish_reason: FinishReason | None = Field(description="Null in a chunk before the last.")
+    stop_reason: StopReason = None
 
 
 class _OpenAIResponse(BaseModel):
@@ -601,13 +769,13 @@ class TokenLogprob(TopLogprob):
 
 class ChatLogprobs(BaseModel):
     content: list[TokenLogprob]
-    refusal: None = None
+    refusal: list[TokenLogprob] | None = Field(default=None, description="Always null.")
 
 
 class AssistantMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
     content: str = Field(examples=["There was a king."])
-    refusal: None = None
+    refusal: str | None = Field(default=None, description="Always null.")
 
 
 class ChatChoice(BaseModel):
@@ -615,6 +783,7 @@ class ChatChoice(BaseModel):
     message: AssistantMessage
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason
+    stop_reason: StopReason = None
 
 
 class ChatCompletion(_OpenAIResponse):
@@ -632,6 +801,7 @@ class ChunkChoice(BaseModel):
     delta: MessageDelta
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None
+    stop_reason: StopReason = None
 
 
 class ChatCompletionChunk(_OpenAIResponse):

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import models
-from engine import Engine, EngineError, FinishReason, TextFilter
+from engine import Engine, EngineError, FinishReason, StopReason, TextFilter
 
 
 class BackendError(EngineError):
@@ -49,12 +49,11 @@ class InvalidField(BackendError):
 
 
 class ContextExceeded(BackendError):
-    """Prompt and text together are longer than the model's context."""
+    """The prompt leaves no room in the model's context."""
 
-    def __init__(self, num_prompt_tokens: int, num_new_tokens: int, context_tokens: int):
+    def __init__(self, num_prompt_tokens: int, context_tokens: int):
         super().__init__()
         self.num_prompt_tokens = num_prompt_tokens
-        self.num_new_tokens = num_new_tokens
         self.context_tokens = context_tokens
 
 
@@ -142,6 +141,7 @@ class TextDelta:
     logprobs: dict[str, Any] | None  # models.CompletionLogprobs or ChatLogprobs, if asked for
     token_logprobs: list[float]  # of its tokens, if asked for
     finish_reason: FinishReason | None  # set in the last delta of the choice
+    stop_reason: StopReason | None = None  # the stop string or token that ended it
 
 
 class Generation(ABC):

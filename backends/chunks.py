@@ -126,6 +126,7 @@ class UpstreamChoice(BaseModel):
     delta: Message = UpstreamMessage()
     message: Message = UpstreamMessage()
     finish_reason: Annotated[FinishReason | None, BeforeValidator(_known_reason)] = None
+    stop_reason: Any = None
     logprobs: Annotated[UpstreamLogprobs | None, WrapValidator(_or_nothing)] = None
 
     @property

@@ -70,6 +70,7 @@ END = UpstreamChoice(finish_reason="stop")  # what [DONE] says of a text
 TAIL_SECONDS = 1.0  # what follows the last text gets this long: the usage, the stream's end
 # Fields of the client's body that the other server gets in another form, or not at all.
 OUR_FIELDS = {"model", "stream", "stream_options", "best_of"}
+MOST_TOKENS = {"max_tokens", "max_completion_tokens"}
 STOPS_STAY = ("echo", "min_tokens", "include_stop_str_in_output")  # fields that leave them in
 NUM_AT_ONCE = 8  # requests for one of our own, where the other server makes one text a request
 
@@ -93,8 +94,7 @@ class Ask:
             bodies = [self.body | {"n": 1} for _ in range(self.num_choices)]
             if "seed" in self.body:  # the same would make the same text
                 bodies = [
-                    body | {"seed": (body["seed"] + at) % models.SEED_LIMIT}
-                    for at, body in enumerate(bodies)
+                    body | {"seed": (body["seed"] + at) % 2**63} for at, body in enumerate(bodies)
                 ]
         size = self.num_choices // len(bodies)
         return [
@@ -291,8 +291,9 @@ class ExternalBackend(Backend):
         sent = {
             "prompt": prompt,
             "max_tokens": new_token_budget(params, num_prompt_tokens, context_tokens),
-            "temperature": params.temperature,
-            "top_p": params.top_p,
+            # Not every server takes 0 for the likeliest token.
+            "temperature": params.temperature if params.top_p else 0,
+            "top_p": params.top_p or 1,
             "n": num_sequences,
         }
         if params.seed is not None:
@@ -321,7 +322,9 @@ class ExternalBackend(Backend):
             changes |= {"n": body.num_drawn, "logprobs": body.logprobs or 0}
         # The text of an echo begins with the prompt, so that the filter need not be told of it.
         before = ["" for _ in texts] if body.echo else texts
-        num_new_tokens = num_sequences * body.max_tokens
+        context_tokens = self.max_model_len or sys.maxsize
+        max_tokens = context_tokens if body.most_tokens is None else body.most_tokens
+        num_new_tokens = num_sequences * min(max_tokens, context_tokens)
         return await self._submit_openai(
             "completions", body, texts, before, changes, client, num_new_tokens
         )
@@ -333,7 +336,8 @@ class ExternalBackend(Backend):
         num_prompt_tokens = sum(map(estimated_tokens, texts))
         # Without a bound at either end it may cost more than any limit.
         context_tokens = self.max_model_len or sys.maxsize
-        max_tokens = body.most_tokens or max(0, context_tokens - num_prompt_tokens)
+        room_tokens = max(0, context_tokens - num_prompt_tokens)
+        max_tokens = room_tokens if body.most_tokens is None else min(body.most_tokens, room_tokens)
         return await self._submit_openai(
             "chat/completions", body, texts, [""], {}, client, body.n * max_tokens
         )
@@ -352,7 +356,10 @@ class ExternalBackend(Backend):
         client's body; num_new_tokens: as many as may be generated."""
         deadline = self._new_deadline()
         self.log_prompts(texts)
-        sent = body.model_dump(exclude_unset=True, exclude=OUR_FIELDS) | changes
+        # A null stands for a seed that is to be drawn.
+        sent = body.model_dump(exclude_unset=True, exclude_none=True, exclude=OUR_FIELDS) | changes
+        if route == "chat/completions" and body.most_tokens is None:  # as is said by leaving it out
+            sent = {name: sent[name] for name in sent if name not in MOST_TOKENS}
         num_sequences = sent.get("n", 1)
         # Where the text may hold a stop string, only the other server knows which of them ends it.
         is_kept = any(sent.get(name) for name in STOPS_STAY)
@@ -557,7 +564,10 @@ class ExternalBackend(Backend):
             stats.num_rollbacks = int(choice.is_cut and finish_reason == "content_filter")
         if gained:
             text, logprobs = gained
-            generation.gained.put_nowait(text_delta(index, text, logprobs, finish_reason))
+            delta = text_delta(index, text, logprobs, finish_reason)
+            if finish_reason == "stop" and isinstance(received.stop_reason, int | str):
+                delta = replace(delta, stop_reason=received.stop_reason)
+            generation.gained.put_nowait(delta)
         self.on_step(stats)
 
     def _leave_out_forbidden(self, logprobs: Logprobs | None) -> None:

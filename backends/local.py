@@ -71,6 +71,9 @@ class LocalBackend(Backend):
         self.name = name
         self.owned_by = name.rpartition("/")[0] or "local"
         self.generator = generator
+        # What tokenizer.json says of training batches; transformers, too, does neither unasked.
+        self.tokenizer.backend_tokenizer.no_truncation()
+        self.tokenizer.backend_tokenizer.no_padding()
         self.engine = engine
         self.content_filter = content_filter
         self.request_timeout_seconds = request_timeout_seconds
@@ -88,6 +91,16 @@ class LocalBackend(Backend):
     @cached_property
     def spelling(self) -> TokenSpelling:
         return TokenSpelling(self.tokenizer, self.engine.output.text_filter)
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """The ids that the model can generate of tokens that are no text."""
+        added = self.tokenizer.added_tokens_decoder
+        return {
+            token.content: token_id
+            for token_id, token in added.items()
+            if token.special and token_id < self.vocab_size
+        }
 
     @cached_property
     def longest_token_characters(self) -> int:
@@ -162,13 +175,15 @@ class LocalBackend(Backend):
             # Prompts are short here.
             read = read_at_once(self._text_prompt(prompt, is_chat))
             num_prompt_tokens = len(read.token_ids)
+            stop = (*params.stop, *self.defaults.stop)
             sampling = SamplingParams(
                 max_new_tokens=new_token_budget(params, num_prompt_tokens, self.max_model_len),
-                temperature=params.temperature,
+                temperature=params.temperature if params.top_p else 0,
                 top_p=params.top_p,
-                top_k=params.top_k,
+                top_k=max(0, params.top_k),
                 seed=params.seed,
-                stop=(*params.stop, *self.defaults.stop),
+                stop=stop,
+                stop_token_ids=self._special_stops(stop),
                 rules=self.defaults.rules,
             )
             await client.reserve(num_prompt_tokens, num_sequences * sampling.max_new_tokens)
@@ -182,17 +197,18 @@ class LocalBackend(Backend):
         if body.num_drawn > body.n and num_logprobs is None:
             num_logprobs = 0  # the tokens' own, by which the best choices are picked
         sampling = self._sampling_params(
-            body, body.max_tokens, num_logprobs, body.logprobs if body.echo else None
+            body, body.most_tokens, num_logprobs, body.logprobs if body.echo else None
         )
         num_sequences = len(body.prompts) * body.num_drawn
         self._check_num_sequences("prompt", num_sequences)
-        self._check_sizes(body.prompts, body.max_tokens)
+        self._check_sizes(body.prompts, body.most_tokens)
         with self.engine.place(client.identity, num_sequences) as place:
             deadline = self._deadline(place)
             reading = self._completion_prompts(body)
             texts, prompts = await self.reader.read(client, deadline, body.prompts, reading)
             num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
-            await client.reserve(num_prompt_tokens, num_sequences * body.max_tokens)
+            rooms = (self._num_new_tokens(prompt, body.most_tokens) for prompt in prompts)
+            await client.reserve(num_prompt_tokens, body.num_drawn * sum(rooms))
             requests = self.engine.submit_all(prompts, sampling, place=place, streams=body.stream)
         form: LogprobsForm = None if body.logprobs is None else "completion"
         return LocalGeneration(self, requests, deadline, form, echo=texts if body.echo else None)
@@ -204,17 +220,16 @@ class LocalBackend(Backend):
             raise NoChatTemplate(self.name)
         texts = [message.text for message in body.messages]
         self._check_num_sequences("n", body.n)
-        self._check_sizes(["".join(texts)], body.most_tokens or 1)
+        self._check_sizes(["".join(texts)], body.most_tokens)
         with self.engine.place(client.identity, body.n) as place:
             deadline = self._deadline(place)
             prompt = await self.reader.read(client, deadline, texts, self._chat_prompt(body, texts))
             num_prompt_tokens = len(prompt.token_ids)
-            room_tokens = self.max_model_len - num_prompt_tokens
-            default_tokens = min(self.defaults.max_new_tokens or room_tokens, room_tokens)
-            max_tokens = body.most_tokens or default_tokens
             num_logprobs = body.top_logprobs if body.logprobs else None
-            sampling = self._sampling_params(body, max_tokens, num_logprobs)
-            await client.reserve(num_prompt_tokens, body.n * max_tokens)
+            most_tokens = body.most_tokens if body.names_length else self.defaults.max_new_tokens
+            sampling = self._sampling_params(body, most_tokens, num_logprobs)
+            num_new_tokens = self._num_new_tokens(prompt, most_tokens)
+            await client.reserve(num_prompt_tokens, body.n * num_new_tokens)
             requests = self.engine.submit_all([prompt], sampling, place=place, streams=body.stream)
         return LocalGeneration(self, requests, deadline, "chat" if body.logprobs else None)
 
@@ -225,21 +240,26 @@ class LocalBackend(Backend):
         scheduler = self.engine.scheduler
         check_num_sequences(field, num_sequences, scheduler.max_num_seqs + scheduler.max_queue_size)
 
-    def _check_sizes(self, prompts: SequenceOf[str | list[int]], max_tokens: int) -> None:
+    def _num_new_tokens(self, prompt: Prompt, most_tokens: int | None) -> int:
+        """How many tokens there may be after the prompt; most_tokens: that were asked for."""
+        room_tokens = self.max_model_len - len(prompt.token_ids)
+        return room_tokens if most_tokens is None else min(most_tokens, room_tokens)
+
+    def _check_sizes(self, prompts: SequenceOf[str | list[int]], most_tokens: int | None) -> None:
         """Raises ContextExceeded for prompts that are seen to be too long without reading them:
         by their token ids, or even if each token was the longest there is."""
         for prompt in prompts:
             if not isinstance(prompt, str):
-                self._check_length(len(prompt), max_tokens)
+                self._check_length(len(prompt), most_tokens)
                 continue
             at_least = math.ceil(len(prompt) / self.longest_token_characters)
             if at_least > self.max_model_len:
-                self._check_length(at_least, max_tokens)
+                self._check_length(at_least, most_tokens)
 
     def _sampling_params(
         self,
         body: models.CompletionRequest | models.ChatCompletionRequest,
-        max_tokens: int,
+        most_tokens: int | None,
         num_logprobs: int | None,
         num_prompt_logprobs: int | None = None,
     ) -> SamplingParams:
@@ -249,23 +269,40 @@ class LocalBackend(Backend):
             raise InvalidField("top_k", f"goes up to {self.vocab_size}")
         if max(logit_bias, default=0) >= self.vocab_size:
             raise InvalidField("logit_bias", f"token ids go up to {self.vocab_size - 1}")
+        if max(body.stop_token_ids, default=0) >= self.vocab_size:
+            raise InvalidField("stop_token_ids", f"token ids go up to {self.vocab_size - 1}")
+        # Cut by the engine to what fits after the prompt.
+        max_tokens = self.max_model_len if most_tokens is None else most_tokens
         if body.min_tokens > max_tokens:
             reason = f"must not be above the {max_tokens} tokens to generate"
             raise InvalidField("min_tokens", reason)
+        stop_tokens = {token_id: token_id for token_id in body.stop_token_ids}
+        stop = (*body.stop, *(() if body.ignore_eos else self.defaults.stop))
+        sampling = self.defaults.sampling_of(body)
+        sampling["top_k"] = max(0, sampling["top_k"])
+        if sampling["top_p"] == 0:
+            sampling["temperature"] = 0
         return SamplingParams(
-            **self.defaults.sampling_of(body),
+            **sampling,
             max_new_tokens=max_tokens,
+            repetition_penalty_range=max(0, body.repetition_penalty_range),
             presence_penalty=body.presence_penalty,
             frequency_penalty=body.frequency_penalty,
             logit_bias=logit_bias,
             min_tokens=body.min_tokens,
             ignore_eos=body.ignore_eos,
-            stop=(*body.stop, *(() if body.ignore_eos else self.defaults.stop)),
+            stop=stop,
+            stop_token_ids={**stop_tokens, **self._special_stops(stop)},
+            includes_stop=body.include_stop_str_in_output,
             num_logprobs=num_logprobs,
             num_prompt_logprobs=num_prompt_logprobs,
             seed=body.seed,
             rules=self.defaults.rules,
         )
+
+    def _special_stops(self, stops: SequenceOf[str]) -> dict[int, str]:
+        """The stop strings that are special tokens, which the text leaves out, by their ids."""
+        return {self.special_tokens[stop]: stop for stop in stops if stop in self.special_tokens}
 
     def _text_prompt(self, text: str, is_chat: bool) -> Pieces[Prompt]:
         """A prompt; is_chat: what a conversation begins with, if the model takes one."""
@@ -283,13 +320,16 @@ class LocalBackend(Backend):
         texts: list[str] = []
         prompts: list[Prompt] = []
         for prompt in body.prompts:
-            if isinstance(prompt, str):
-                text, token_ids = prompt, self._encode(prompt)
+            if isinstance(prompt, str) and (token_ids := self._encode(prompt)):
+                text = prompt
+            elif isinstance(prompt, str):
+                token_ids = self._beginning()
+                text = self.tokenizer.decode(token_ids)
             elif max(prompt) >= self.vocab_size:
                 raise InvalidField("prompt", f"token ids go up to {self.vocab_size - 1}")
             else:
                 text, token_ids = self.tokenizer.decode(prompt), prompt
-            self._check_length(len(token_ids), body.max_tokens)
+            self._check_length(len(token_ids), body.most_tokens)
             texts.append(text)
             self.log_prompts(texts)
             yield
@@ -306,7 +346,7 @@ class LocalBackend(Backend):
         prompt = self._apply_chat_template("messages", messages)
         yield
         token_ids = self._encode(prompt, add_special_tokens=False)
-        self._check_length(len(token_ids), body.most_tokens or 1)
+        self._check_length(len(token_ids), body.most_tokens)
         return (yield from self._prompt("messages", texts, token_ids))
 
     def _apply_chat_template(self, field: str, messages: list[dict[str, str]]) -> str:
@@ -329,15 +369,29 @@ class LocalBackend(Backend):
         token_ids: list[int] = encoding.ids
         return token_ids
 
-    def _check_length(self, num_prompt_tokens: int, max_tokens: int) -> None:
-        if num_prompt_tokens == 0:
-            raise InvalidField("prompt", "must hold at least one token")
-        if num_prompt_tokens + max_tokens > self.max_model_len:
-            raise ContextExceeded(num_prompt_tokens, max_tokens, self.max_model_len)
+    def _beginning(self) -> list[int]:
+        """What a text begins after that follows on nothing: as in the pipeline, the token that
+        begins a text, which GPT-2's end-of-text token does too."""
+        for token_id in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token_id is not None:
+                return [token_id]
+        raise InvalidField("prompt", "must hold at least one token")
+
+    def _check_length(self, num_prompt_tokens: int, most_tokens: int | None) -> None:
+        """Raises ContextExceeded for a prompt that leaves no room for a token, or none for itself
+        where nothing is to be generated."""
+        if num_prompt_tokens + (most_tokens != 0) > self.max_model_len:
+            raise ContextExceeded(num_prompt_tokens, self.max_model_len)
 
     def _prompt(self, field: str, texts: list[str], token_ids: list[int]) -> Pieces[Prompt]:
-        """A prompt as the engine takes it. Raises ForbiddenPrompt after a look at it as it was
-        written, and as the model reads it: past a special token in the middle of a word."""
+        """A prompt as the engine takes it. Raises InvalidField for one that the model cannot read;
+        ForbiddenPrompt after a look at it as it was written, and as the model reads it: past a
+        special token in the middle of a word."""
+        if not token_ids:
+            raise InvalidField(field, "must hold at least one token")
+        if max(token_ids) >= self.vocab_size:
+            reason = f"holds a special token that is not among the model's {self.vocab_size}"
+            raise InvalidField(field, reason)
         read = self.tokenizer.decode(token_ids, skip_special_tokens=True)
         for text in dict.fromkeys([*texts, read]):
             if holds_forbidden_word(self.content_filter, text):
@@ -430,4 +484,5 @@ class LocalGeneration(Generation):
             logprobs,
             [token.logprob for token in delta.logprobs],
             delta.finish_reason,
+            delta.stop_reason,
         )

@@ -1,7 +1,6 @@
 """Log probabilities of a local model's tokens in OpenAI's form."""
 
 import codecs
-import copy
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -12,6 +11,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from engine import Delta, EngineRequest, PositionLogprobs, TextFilter
 
+BYTE_NAME = re.compile("<0x([0-9A-F]{2})>")  # as SentencePiece calls a token of a single byte
+BLANKS = re.compile(r"\s*")
 BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
 NUM_CACHED_TOKENS = 1 << 16
 
@@ -26,11 +27,9 @@ class TokenSpelling:
         self.tokenizer = tokenizer
         self.text_filter = text_filter
         self.special_ids = set(tokenizer.all_special_ids)
+        self.decoder = tokenizer.backend_tokenizer.decoder
         # Whether a token's name spells its bytes, as GPT-2's do.
-        self.is_byte_level = tokenizer.convert_tokens_to_ids("Ġ") not in (
-            None,
-            tokenizer.unk_token_id,
-        )
+        self.is_byte_level = bool(self.decoder) and self.decoder.decode(["aĠa"]) == "a a"
         self.raw_bytes = lru_cache(NUM_CACHED_TOKENS)(self._raw_bytes)
         self.is_forbidden = lru_cache(NUM_CACHED_TOKENS)(self._is_forbidden)
 
@@ -40,10 +39,14 @@ class TokenSpelling:
         if token_id in self.special_ids:
             return bytes(piece, "utf-8")
         if self.is_byte_level:
-            return bytes(BYTE_OF[character] for character in piece if character in BYTE_OF)
-        if match := re.fullmatch("<0x([0-9A-F]{2})>", piece):
+            if all(character in BYTE_OF for character in piece):
+                return bytes(BYTE_OF[character] for character in piece)
+            return bytes(piece, "utf-8")  # an added one, whose name is its text
+        if match := BYTE_NAME.fullmatch(piece):
             return bytes.fromhex(match[1])
-        return bytes(piece.replace("▁", " "), "utf-8")
+        if self.decoder:
+            piece = self.decoder.decode(["a", piece])[1:]  # at the beginning it may lose its space
+        return bytes(piece, "utf-8")
 
     def _is_forbidden(self, token_id: int) -> bool:
         """Whether a token alone holds a forbidden word."""
@@ -62,34 +65,59 @@ class TokenSpelling:
         """The likeliest tokens without those that are forbidden words."""
         return [(id_, lp) for id_, lp in token.top if not self.is_forbidden(id_)]
 
+    def offsets(self, text: str, token_ids: Sequence[int]) -> list[int]:
+        """Where in a prompt's text each of its tokens begins, in characters.
+
+        What the text does not show takes no room there: a begin-of-text token, or a space, that
+        the tokenizer puts before it. Blanks that the tokenizer drops belong to the token before.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        offsets, at = [], 0
+        for token_id in token_ids:
+            offsets.append(min(at, len(text)))
+            is_special = token_id in self.special_ids
+            raw = self.raw_bytes(token_id)
+            written = raw.decode() if is_special else decoder.decode(raw)
+            behind_blanks = BLANKS.match(text, at).end()  # type: ignore[union-attr]
+            if text.startswith(written, at):
+                at += len(written)
+            elif text.startswith(written.lstrip(" "), behind_blanks):
+                at = behind_blanks + len(written.lstrip(" "))
+            elif not is_special:  # the tokenizer has normalized it
+                at += len(written)
+        return offsets
+
 
 class ChoiceLogprobs:
     """The tokens of one choice in OpenAI's form, delta by delta.
 
-    Tokens that reach beyond the text, into a stop string, are left out, as what they say is
-    unfiltered; the end-of-text token is not.
+    As with vLLM, all generated tokens are there, those of a stop string and end-of-text too, which
+    the text leaves out: their `text_offset` is its end. Only from a forbidden word on, which a stop
+    string cut off, the engine gives none.
     """
 
     def __init__(self, spelling: TokenSpelling):
         self.spelling = spelling
-        self.num_characters = 0  # of text so far
-        self.offset = 0  # where in the text the next token begins
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.num_echoed_characters = 0  # of the prompt
+        self.num_characters = 0  # of text so far, the echo included
 
     def completion(self, delta: Delta, prompt: tuple[str, EngineRequest] | None) -> dict[str, Any]:
         """models.CompletionLogprobs. prompt: one to be echoed, whose first token has none."""
         tokens: list[PositionLogprobs] = []
-        offsets = []
+        offsets: list[int] = []
         first_token_id = None
         if prompt:
             text, request = prompt
-            self.num_characters += len(text)
+            self.num_characters = self.num_echoed_characters = len(text)
             tokens += request.prompt_logprobs or []
             first_token_id = request.prompt_token_ids[0]
-            offsets = [self._text_offset(id_, is_prompt=True) for id_ in request.prompt_token_ids]
-        generated = self._within_text(delta)
-        offsets += [self._text_offset(token.token_id) for token in generated]
-        tokens += generated
+            offsets += self.spelling.offsets(text, request.prompt_token_ids)
+        self.num_characters += len(delta.text)
+        offsets += [
+            min(self.num_echoed_characters + token.text_offset, self.num_characters)
+            for token in delta.logprobs
+        ]
+        tokens += delta.logprobs
         token_ids = [token.token_id for token in tokens]
         token_logprobs: list[float | None] = [token.logprob for token in tokens]
         top: list[dict[str, float] | None] = [self._top(token) for token in tokens]
@@ -117,30 +145,9 @@ class ChoiceLogprobs:
         content = [
             written(token.token_id, token.logprob)
             | {"top_logprobs": [written(*each) for each in self.spelling.alternatives(token)]}
-            for token in self._within_text(delta)
+            for token in delta.logprobs
         ]
         return {"content": content, "refusal": None}
-
-    def _text_offset(self, token_id: int, is_prompt: bool = False) -> int:
-        """Where in the text this token begins, in characters; called for each in turn."""
-        start = self.offset
-        if is_prompt or token_id not in self.spelling.special_ids:
-            self.offset += len(self.decoder.decode(self.spelling.raw_bytes(token_id)))
-        return start
-
-    def _within_text(self, delta: Delta) -> Sequence[PositionLogprobs]:
-        """The delta's tokens that end within the text."""
-        self.num_characters += len(delta.text)
-        if delta.finish_reason != "stop":
-            return delta.logprobs
-        decoder, end, kept = copy.deepcopy(self.decoder), self.offset, []
-        for token in delta.logprobs:
-            if token.token_id not in self.spelling.special_ids:
-                end += len(decoder.decode(self.spelling.raw_bytes(token.token_id)))
-            if end > self.num_characters:
-                break
-            kept.append(token)
-        return kept
 
     def _top(self, token: PositionLogprobs) -> dict[str, float]:
         """The likeliest tokens and the token itself, each once."""

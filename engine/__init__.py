@@ -9,7 +9,7 @@ All engines of a process compute in one thread, a step of each in turn.
     Engine.place(client, …)            --> Scheduler.num_queued (bounded; full = refused at once)
     Engine.submit_all(prompts, …)      --> Scheduler.waiting
                                            Engine.step: schedule    (scheduler.py)
-                                                        forward     (model_runner.py, cache.py)
+                                                        forward     (model_runner.py, attention.py)
                                                         sample      (sampler.py)
                                                         postprocess (output.py)
     Engine.stream(request)             <-- one loop.call_soon_threadsafe a step, all deltas together
@@ -18,6 +18,9 @@ All engines of a process compute in one thread, a step of each in turn.
 Ownership: only that thread touches the model, the cache, the running set and the text of
 a sequence. `Engine._lock` guards what both sides touch: the waiting queue and whether the
 engine has its next turn. An `EngineRequest` is read by its client through its queue alone.
+
+When a model is loaded, what the engine computes is compared with what the model computes by
+itself (model_check.py); one that would give wrong text is refused.
 
 A model may leave memory (`Engine.unload`) and come back (`Engine.load`); meanwhile requests
 wait in the queue, under the same limits as ever.
@@ -49,6 +52,7 @@ from engine.request import (
     QueueFullError,
     SamplingParams,
     StepStats,
+    StopReason,
     TextFilter,
     TextReading,
 )
@@ -70,6 +74,7 @@ __all__ = [
     "QueueFullError",
     "SamplingParams",
     "StepStats",
+    "StopReason",
     "TextFilter",
     "TextReading",
     "TokenRules",

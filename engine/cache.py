@@ -3,20 +3,27 @@
 import math
 import mmap
 import sys
+from collections.abc import Callable
 from functools import reduce
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
 
 from engine.batch import ForwardBatch
 
 KEY_BLOCK_TOKENS = 64  # a row has room for so many tokens, or for twice as many, or …
 # Kernels that sum more keys than this do it in an order that depends on the capacity.
 SUMMED_KEYS = 128
+# Of a prompt whose attention is computed step by step: its weights take heads * keys * so much.
+PIECE_TOKENS = 128
+
+# Which keys a query sees, True or False, from positions that broadcast together. Not a mask: a
+# pass needs it for each of its rows.
+Visibility = Callable[[Tensor, Tensor], Tensor]
+# What is added to a weight, for each head: (rows, 1, 1) and (keys,) to (rows or 1, heads, keys).
+PositionBias = Callable[[Tensor, Tensor], Tensor]
 
 
 class KVCache:
@@ -32,9 +39,13 @@ class KVCache:
         config = model.config.get_text_config()
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        self.group_size = heads // kv_heads
-        self.shape = (num_rows + 1, kv_heads, head_dim)
+        self.num_kv_heads = _num_kv_heads(config)
+        self.group_size = heads // self.num_kv_heads
+        self.shape = (num_rows + 1, self.num_kv_heads, head_dim)
+        self.device = model.device
+        self.position_bias: PositionBias | None = None
+        # A sequence that becomes longer than this has other keys from its beginning on.
+        self.rope_switch_tokens: int | None = None
         self.padding_row = num_rows
         self.max_model_len = max_model_len
         self.capacity = 0
@@ -79,26 +90,80 @@ class KVCache:
         heads = heads + torch.arange(kv_heads, device=device)
         places = heads * self.capacity + self.positions[:, None]
         self.places = torch.stack((places, places + len(self.vectors[0]) // 2), dim=1)
-        decode_positions = self.positions[: self.num_decode]
-        is_hidden = torch.arange(self.capacity, device=device) > decode_positions[:, None]
-        mask = torch.zeros(is_hidden.shape, dtype=self.vectors[0].dtype, device=device)
-        mask.masked_fill_(is_hidden, -math.inf)
-        mask = mask[:, None, None].expand(-1, kv_heads, self.group_size, -1)
-        self.mask = mask.flatten(0, 1)
+        self.decode_masks: dict[Visibility | None, Tensor] = {}
 
-    def attend(self, layer: int, query: Tensor, keys_values: Tensor, scale: float) -> Tensor:
+    def sequence_lengths(self) -> Tensor:
+        """(rows,) tokens of each row's sequence, in this pass."""
+        lengths = self.positions + 1
+        for first, length in self.prompts:
+            lengths[first : first + length] = length
+        return lengths
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        keys_values: Tensor,
+        scale: float,
+        *,
+        visible: Visibility | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
         """Stores keys and values of all rows, (rows, 2, kv_heads, head_dim), then attends:
-        queries (rows, heads, head_dim) to as many outputs."""
+        queries (rows, heads, head_dim) to as many outputs.
+
+        visible: None for all tokens up to the query's own. softcap: what products stay below.
+        sinks: (heads,) weights, before softmax, of a key more, whose value is zero.
+        """
         self.vectors[layer][self.places] = keys_values
+        is_plain = softcap is None and sinks is None
         parts = []
         if self.num_decode:
-            parts.append(self._attend_decode(layer, query[: self.num_decode], scale))
+            decode = query[: self.num_decode]
+            mask = self._decode_mask(visible)
+            parts.append(self._attend_decode(layer, decode, scale, mask, softcap, sinks))
         for first, length in self.prompts:
-            prompt = slice(first, first + length)
-            parts.append(self._attend_prompt(query[prompt], keys_values[prompt], scale))
+            prompt = query[first : first + length], keys_values[first : first + length]
+            if is_plain and visible is None and self.position_bias is None:
+                parts.append(self._attend_prompt(*prompt, scale))
+            else:
+                parts.append(self._attend_in_pieces(*prompt, scale, visible, softcap, sinks))
         return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
 
-    def _attend_decode(self, layer: int, query: Tensor, scale: float) -> Tensor:
+    def _decode_mask(self, visible: Visibility | None) -> Tensor:
+        """(decode rows * kv_heads, queries a key, capacity), made once a pass."""
+        if visible not in self.decode_masks:
+            mask = self._mask(self.positions[: self.num_decode], self.capacity, visible)
+            mask = mask.expand(-1, self.num_kv_heads * self.group_size, -1)
+            mask = mask.unflatten(1, (self.num_kv_heads, self.group_size))
+            self.decode_masks[visible] = mask.flatten(0, 1)
+        return self.decode_masks[visible]
+
+    def _mask(self, positions: Tensor, num_keys: int, visible: Visibility | None) -> Tensor:
+        """(rows, heads or 1, num_keys) to be added to weights before softmax: -inf for a key that
+        the query at this position does not see."""
+        keys = torch.arange(num_keys, device=self.device)
+        if visible is None:
+            is_hidden = keys > positions[:, None]
+        else:
+            is_hidden = ~visible(positions[:, None], keys)
+        mask = torch.zeros(is_hidden.shape, dtype=self.vectors[0].dtype, device=self.device)[
+            :, None
+        ]
+        if self.position_bias:
+            mask = mask + self.position_bias(positions[:, None, None], keys).to(mask.dtype)
+        return mask.masked_fill_(is_hidden[:, None], -math.inf)
+
+    def _attend_decode(
+        self,
+        layer: int,
+        query: Tensor,
+        scale: float,
+        mask: Tensor,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
         """One query a sequence, over all that its cache row holds.
 
         Plain products: on some CPUs the fused kernel gives a row other bits in other company,
@@ -107,7 +172,10 @@ class KVCache:
         grouped = query.reshape(-1, self.group_size, query.shape[-1])
         keys = self.transposed_keys[layer][self.decode_heads]
         values = self.values[layer][self.decode_heads]
-        weights = torch.softmax(torch.baddbmm(self.mask, grouped, keys, alpha=scale), dim=-1)
+        if sinks is not None:
+            sinks = sinks.view(1, self.num_kv_heads, self.group_size, 1)
+            sinks = sinks.expand(len(query), -1, -1, -1).flatten(0, 1)
+        weights = _weights(grouped, keys, scale, mask, softcap, sinks)
         if self.group_size > 1 and weights.dtype == torch.float32:
             # One query a key is summed in one order anyway, and pieces take twice the time.
             pieces = (weights.split(SUMMED_KEYS, -1), values.split(SUMMED_KEYS, -2))
@@ -128,10 +196,76 @@ class KVCache:
         )
         return attended[0].transpose(0, 1)
 
+    def _attend_in_pieces(
+        self,
+        query: Tensor,
+        keys_values: Tensor,
+        scale: float,
+        visible: Visibility | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """A whole prompt over itself where the fused kernel does not serve. PIECE_TOKENS at a
+        time, as the weights of a long prompt take much memory."""
+        num_tokens, _, head_dim = query.shape
+        transposed_keys, values = (
+            keys_values[:, 0].permute(1, 2, 0),
+            keys_values[:, 1].transpose(0, 1),
+        )
+        parts = []
+        for start in range(0, num_tokens, PIECE_TOKENS):
+            end = min(start + PIECE_TOKENS, num_tokens)
+            mask = self._mask(torch.arange(start, end, device=self.device), end, visible)
+            # (kv_heads, queries a key * rows, …), heads before rows.
+            grouped = query[start:end].transpose(0, 1).reshape(self.num_kv_heads, -1, head_dim)
+            mask = mask.transpose(0, 1).expand(len(values) * self.group_size, -1, -1)
+            mask = mask.reshape(self.num_kv_heads, -1, end)
+            column = sinks
+            if column is not None:
+                column = column.view(self.num_kv_heads, self.group_size, 1, 1)
+                column = column.expand(-1, -1, end - start, -1).flatten(1, 2)
+            weights = _weights(grouped, transposed_keys[:, :, :end], scale, mask, softcap, column)
+            attended = torch.bmm(weights, values[:, :end])
+            parts.append(attended.reshape(-1, end - start, head_dim).transpose(0, 1))
+        return torch.cat(parts)
+
     def copy_row(self, source: int, target: int, num_tokens: int) -> None:
         """Gives `target` the first `num_tokens` positions of `source`."""
         for layer in self.layers:
             layer[:, target, :, :num_tokens] = layer[:, source, :, :num_tokens]
+
+
+def _weights(
+    query: Tensor,
+    transposed_keys: Tensor,
+    scale: float,
+    mask: Tensor,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """(batch, queries, keys), those of all keys and of the sink adding up to one.
+
+    sinks: (batch, queries, 1). It stands before the keys: behind them, where it is added would
+    depend on the cache's capacity.
+    """
+    if softcap is None:
+        weights = torch.baddbmm(mask, query, transposed_keys, alpha=scale)
+    else:
+        products = torch.bmm(query, transposed_keys).mul_(scale / softcap)
+        weights = products.tanh_().mul_(softcap).add_(mask)
+    if sinks is None:
+        return torch.softmax(weights, dim=-1)
+    weights = torch.softmax(torch.cat((sinks.to(weights.dtype), weights), dim=-1), dim=-1)
+    return weights[..., 1:].contiguous()
+
+
+def _num_kv_heads(config: PretrainedConfig) -> int:
+    heads: int = config.num_attention_heads
+    if getattr(config, "new_decoder_architecture", False):  # Falcon's
+        return config.num_kv_heads
+    if hasattr(config, "multi_query"):  # Falcon's and GPT-BigCode's
+        return 1 if config.multi_query else heads
+    return getattr(config, "num_key_value_heads", None) or heads
 
 
 def _reserved_zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -143,24 +277,3 @@ def _reserved_zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tens
         return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=dtype)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
     return torch.frombuffer(mmap.mmap(-1, num_bytes, flags), dtype=dtype)
-
-
-def _cached_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    kv_cache: KVCache,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """The attention function that transformers calls in every layer: (1, heads, rows, dim) in,
-    (1, rows, heads, dim) out."""
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    query, keys_values = query[0].transpose(0, 1), torch.cat((key, value)).permute(2, 0, 1, 3)
-    return kv_cache.attend(cast(int, module.layer_idx), query, keys_values, scale)[None], None
-
-
-ALL_ATTENTION_FUNCTIONS.register("engine_cache", _cached_attention)

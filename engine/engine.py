@@ -7,15 +7,19 @@ import math
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Generator
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from engine.attention import can_attend
 from engine.delivery import Outbox, fail
 from engine.kernels import choose_kernel
+from engine.model_check import checked_runner
 from engine.model_runner import ModelRunner
 from engine.output import OutputProcessor
-from engine.quality import keeps_quality
+from engine.quality import QualityTrial
 from engine.request import (
     Delta,
     EngineRequest,
@@ -36,6 +40,7 @@ from engine.weights import cast_parameters, return_freed_memory
 logger = logging.getLogger("engine")
 
 MAX_FAILED_STEPS = 3  # in a row, before the engine counts as unhealthy
+Result = TypeVar("Result")
 PROBE_SECONDS = 1.0  # between attempts of an unhealthy engine to run one token
 
 
@@ -50,9 +55,11 @@ class Engine:
     on_model_needed: called with a request, wherever that is submitted, when the model is not
         loaded or about to leave; to see to it that `load` is called.
 
-    quantization: None, "int8", or "auto": int8 where `keeps_quality` says that it does.
+    quantization: None, "int8", or "auto": int8 where `engine.quality` finds that it keeps quality.
     dtype: what the model computes in where it is not quantized; None is what it was loaded in.
-    Raises ValueError for a model whose attention cannot be replaced, and as `choose_kernel`.
+    Raises ValueError for a model of which it would make another text than the model does by
+    itself (`engine.model_check`), for one whose attention cannot be replaced, and as
+    `choose_kernel`.
     """
 
     def __init__(
@@ -70,18 +77,17 @@ class Engine:
         on_step: Callable[[StepStats], None] | None = None,
         on_model_needed: Callable[[], None] | None = None,
     ):
-        if not model._supports_attention_backend:
+        if not can_attend(model):
             raise ValueError(f"{type(model).__name__} does not let its attention be replaced")
         config = model.config.get_text_config()
-        windows = [config.max_position_embeddings, getattr(config, "sliding_window", None)]
-        self.max_model_len = min(n for n in (*windows, max_model_len) if n)
+        self.max_model_len = _max_model_len(config, max_model_len)
         self.vocab_size: int = config.vocab_size
         self.tokenizer = tokenizer
         self.dtype = dtype or model.dtype
         self.kernel = choose_kernel(self.dtype, model.device.type, quantization)
         self.on_step = on_step
         self.on_model_needed = on_model_needed
-        self.eos_token_ids = _eos_token_ids(model, tokenizer)
+        self.eos_token_ids = _eos_token_ids(model, tokenizer, self.vocab_size)
         self.scheduler = Scheduler(max_num_seqs, max_queue_size)
         self.output = OutputProcessor(tokenizer, text_filter, self.eos_token_ids)
         self.num_failed_steps = 0  # in a row
@@ -92,10 +98,7 @@ class Engine:
         self._computing_thread = computing_thread(num_threads or available_cores())
         self._turn_pending = False  # `_take_turn` is under way or to come
         self._is_stopping = False
-        if quantization == "auto" and self.kernel.is_exact:
-            judging = self._computing_thread.submit(keeps_quality, model, tokenizer, self.kernel)
-            if not judging.result():
-                self.kernel = choose_kernel(self.dtype, model.device.type, None)
+        self._is_on_trial = quantization == "auto" and self.kernel.is_exact
         self._unload_before_id = math.inf  # unload before a request with an id from here on runs
         self._unloaded = threading.Event()
         self.load(model)
@@ -119,22 +122,47 @@ class Engine:
         return self.runner.model
 
     def load(self, model: PreTrainedModel) -> None:
-        """Takes the model, the same one as ever; what waits runs from here on."""
+        """Takes the model, the same one as ever; what waits runs from here on.
+
+        The first time, it is checked: raises ValueError for a model that would give wrong text.
+        """
         cast_parameters(model, torch.float32 if self.kernel.is_exact else self.dtype)
-        runner = ModelRunner(
+        new_runner = partial(
+            ModelRunner,
             model,
             max_num_seqs=self.scheduler.max_num_seqs,
             max_model_len=self.max_model_len,
-            kernel=self.kernel,
         )
         if self._row_range is None:
-            measuring = self._computing_thread.submit(runner.measure_batch_invariance)
-            self._row_range = measuring.result()
+            runner = self._compute(self._first_runner, model, new_runner)
+            self.kernel = runner.kernel
+            self._row_range = self._compute(runner.measure_batch_invariance)
+        else:
+            runner = new_runner(kernel=self.kernel)
         runner.min_rows, runner.max_rows = self._row_range
         with self._lock:
             self._unload_before_id = math.inf
             self._runner = runner
             self._wake()
+
+    def _first_runner(
+        self, model: PreTrainedModel, new_runner: Callable[..., ModelRunner]
+    ) -> ModelRunner:
+        """A runner that has been checked; of a float kernel if int8 was on trial and costs too
+        much."""
+        new_served_runner = partial(new_runner, kernel=self.kernel)
+        if self._is_on_trial:
+            trial = QualityTrial(model, self.tokenizer, self.max_model_len)
+            otherwise = choose_kernel(self.dtype, model.device.type, None)
+            new_served_runner = partial(
+                trial.choose_runner, new_runner, self.kernel, otherwise, self.dtype
+            )
+        arguments = (model, self.kernel, self.max_model_len, new_runner, new_served_runner)
+        return checked_runner(*arguments)
+
+    def _compute(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """What a function gives in the computing thread."""
+        return self._computing_thread.submit(function, *arguments).result()
 
     def unload(self) -> None:
         """Gives the model's memory back as soon as all requests of before have finished.
@@ -359,19 +387,25 @@ class Engine:
         if self.on_step:
             self.on_step(stats)
 
-    def _postprocess(self, token_ids: list[int], stats: StepStats) -> None:
-        """Adds each running sequence's token; hands out deltas, frees what has finished."""
+    def _postprocess(self, token_ids: list[int | InferenceError], stats: StepStats) -> None:
+        """Adds each running sequence's token, or ends it with an error of its own; hands out
+        deltas, frees what has finished."""
         now_seconds, num_rollbacks = time.monotonic(), self.output.num_rollbacks
         outbox = Outbox()
         try:
             for seq, token_id in zip(list(self.scheduler.running), token_ids, strict=True):
+                try:
+                    delta = self._append(seq, token_id)
+                except InferenceError as failure:
+                    _fail_sequence(seq, failure)
+                    continue
                 since_arrival_seconds = now_seconds - seq.request.arrived_seconds
                 if seq.last_token_seconds is None:
                     stats.time_to_first_token_seconds.append(since_arrival_seconds)
                 else:
                     stats.inter_token_seconds.append(now_seconds - seq.last_token_seconds)
                 seq.last_token_seconds = now_seconds
-                if delta := self.output.append(seq, token_id):
+                if delta:
                     outbox.add(seq.request, delta)
                     if delta.finish_reason:
                         seq.request.finish_reasons.add(delta.finish_reason)
@@ -380,6 +414,16 @@ class Engine:
             stats.num_rollbacks = self.output.num_rollbacks - num_rollbacks
         finally:  # so that an error at one sequence takes nothing from those before it
             outbox.send()
+
+    def _append(self, seq: Sequence, token_id: int | InferenceError) -> Delta | None:
+        """What the client gains by this token. Raises InferenceError where there is none, or the
+        text cannot go on."""
+        if isinstance(token_id, InferenceError):
+            raise token_id
+        try:
+            return self.output.append(seq, token_id)
+        except Exception as error:
+            raise InferenceError("the text of a sequence could not be written") from error
 
     def _free(self, seq: Sequence) -> None:
         if move := self.scheduler.finish(seq):
@@ -425,11 +469,36 @@ class Engine:
         self.scheduler.running = []
 
 
-def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The token ids that end a text, by the model's configuration and by its tokenizer's."""
+def _max_model_len(config: PretrainedConfig, wanted: int | None) -> int:
+    """Tokens that a sequence may have: as many as are wanted, if the model can read them.
+
+    Raises ValueError where neither says how many.
+    """
+    names = ("max_position_embeddings", "max_seq_len", "seq_length")
+    lengths = [*(getattr(config, name, None) for name in names), wanted]
+    known = [length for length in lengths if length]
+    if not known:
+        raise ValueError("the model's configuration names no context: max_model_len has to")
+    return min(known)
+
+
+def _eos_token_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> set[int]:
+    """The token ids that end a text, by the model's configuration and by its tokenizer's; without
+    those that the model never says, as it has no such token."""
     configured = model.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
-    return {id_ for id_ in (*ids, tokenizer.eos_token_id) if id_ is not None}
+    named = {id_ for id_ in (*ids, tokenizer.eos_token_id) if id_ is not None}
+    return {id_ for id_ in named if 0 <= id_ < vocab_size}
+
+
+def _fail_sequence(seq: Sequence, failure: InferenceError) -> None:
+    """Ends the request of one sequence, unless it has ended; the next turn frees its places."""
+    if seq.request.is_aborted:
+        return
+    logger.error("a sequence failed; its request ends: %s", failure, exc_info=failure)
+    fail([seq], failure)
 
 
 def _begin_stats(admitted: list[Sequence], num_decode: int) -> StepStats:

@@ -1,6 +1,7 @@
 """Runs a loaded model over the running sequences."""
 
 import itertools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -9,14 +10,17 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, PreTrainedModel
 
+from engine.attention import supply_attention
 from engine.batch import ForwardBatch
 from engine.cache import KVCache
-from engine.kernels import Kernel
+from engine.kernels import Kernel, RowwiseGelu
 from engine.processor import instruction_set
 from engine.request import EngineRequest, Sequence
 from engine.sampler import collect_logprobs
 from engine.scheduler import SHORT_PROMPT_TOKENS
 from engine.weights import prepare_weights
+
+logger = logging.getLogger("engine")
 
 SCORED_TOKENS = 256  # of a prompt, whose logits are there at a time
 
@@ -52,13 +56,18 @@ class ModelRunner:
         max_model_len: int,
         kernel: Kernel,
     ):
-        model.eval().set_attn_implementation("engine_cache")
+        model.eval()
         self.uses_huge_pages = prepare_weights(model, kernel)
         self.model, self.kernel = model, kernel
         # Of other models, what is between the products is not known to be.
-        self.is_exact = kernel.is_exact and isinstance(model, GPT2LMHeadModel)
+        self.is_exact = (
+            kernel.is_exact
+            and isinstance(model, GPT2LMHeadModel)
+            and all(isinstance(block.mlp.act, RowwiseGelu) for block in model.transformer.h)
+        )
         self.max_num_seqs = max_num_seqs
         self.cache = KVCache(model, max_num_seqs, max_model_len)
+        supply_attention(model, self.cache)
         # The fewest and most rows of a pass, until they are measured.
         self.min_rows, self.max_rows = 1, max_num_seqs + SHORT_PROMPT_TOKENS
 
@@ -75,6 +84,9 @@ class ModelRunner:
         """
         num_decode = len(running) - num_admitted
         self.cache.resize(max(seq.num_tokens for seq in running), num_decode)
+        for row, seq in enumerate(running[:num_decode]):
+            if seq.num_tokens - 1 == self.cache.rope_switch_tokens:
+                self._renew(row, seq)
         plan = StepPlan()
         self._plan_decode(plan, running[:num_decode])
         self._plan_prompts(plan, running[num_decode:])
@@ -86,6 +98,12 @@ class ModelRunner:
         for source, target, num_tokens in plan.copies:
             self.cache.copy_row(source, target, num_tokens)
         return logits[plan.logit_row_of] if plan.copies else logits
+
+    def _renew(self, row: int, seq: Sequence) -> None:
+        """Computes a sequence's keys and values anew, for the length that it has now."""
+        batch = ForwardBatch(logit_rows=[0])
+        batch.add_prompt([*seq.request.prompt_token_ids, *seq.output_token_ids], row)
+        self.run(batch)
 
     def _plan_decode(self, plan: StepPlan, seqs: list[Sequence]) -> None:
         """A row for each sequence's last token, in as many passes as it takes."""
@@ -135,6 +153,8 @@ class ModelRunner:
         self.cache.begin_pass(batch)
         output = self.model(
             input_ids=torch.tensor([batch.token_ids], device=self.model.device),
+            # Without one, transformers makes masks of the positions themselves.
+            attention_mask=self.cache.positions.new_ones(1, len(batch.token_ids)),
             position_ids=self.cache.positions[None],
             logits_to_keep=torch.tensor(rows, device=self.model.device),
             use_cache=False,
@@ -189,8 +209,9 @@ class ModelRunner:
 
         Matrix kernels sum in another order from some number of rows on (a single row, more
         than 32, …), which depends on the processor. Where no range is found, every pass
-        has exactly 16 rows: the same shape takes the same kernel. Where rows are exact by
-        construction, there is nothing to measure.
+        has exactly 16 rows: the same shape takes the same kernel. No range helps a mixture of
+        experts, each of which gets as many rows as there are tokens for it: a WARNING says so.
+        Where rows are exact by construction, there is nothing to measure.
         """
         most = self.max_num_seqs + SHORT_PROMPT_TOKENS
         if self.model.device.type != "cpu" or self.is_exact:
@@ -198,19 +219,34 @@ class ModelRunner:
         vocab_size = self.model.config.get_text_config().vocab_size
         token_ids = np.random.default_rng(0).integers(0, vocab_size, most).tolist()
 
-        def logits(num_rows: int) -> Tensor:
+        def logits(token_ids: list[int]) -> Tensor:
+            num_rows = len(token_ids)
             num_decode = min(num_rows, self.max_num_seqs)
             batch = ForwardBatch(0, num_decode)
             batch.token_ids = token_ids[:num_decode]
             batch.positions = [0] * num_decode
             batch.cache_rows = list(range(num_decode))
-            for token_id in token_ids[num_decode:num_rows]:
+            for token_id in token_ids[num_decode:]:
                 batch.add_prompt([token_id], self.cache.padding_row)
             batch.logit_rows = list(range(num_rows))
             return self.run(batch)
 
         sizes = [n for n in (1, 2, 3, 4, 5, 8, 12, 16, 24, 32, 33, 48, 64) if n < most] + [most]
-        measured = {n: logits(n) for n in sizes}
+        measured = {n: logits(token_ids[:n]) for n in sizes}
+
+        def in_other_company(num_rows: int, num_kept: int) -> Tensor:
+            return logits(token_ids[:num_kept] + token_ids[:1] * (num_rows - num_kept))
+
+        if not all(
+            torch.equal(in_other_company(n, n // 2)[: n // 2], measured[n][: n // 2])
+            for n in (4, 8, 16, most)
+        ):
+            logger.warning(
+                "%s: the same seed gives the same text only for requests that run alone, as what "
+                "is computed for a token depends on which others are there",
+                type(self.model).__name__,
+            )
+            return 1, most
         for fewest in (1, 2, 4):
             last = fewest
             for smaller, larger in itertools.pairwise(n for n in sizes if n >= fewest):

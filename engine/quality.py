@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,12 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from engine.batch import ForwardBatch
 from engine.kernels import Kernel
-from engine.weights import pack_layers, put_back
+from engine.model_check import num_parameters, own_logits
+from engine.model_runner import ModelRunner
+from engine.weights import cast_parameters, pack_layers, put_back, return_freed_memory
 
 logger = logging.getLogger("engine")
 
 MOST_LOSS = 0.01  # of bits per byte, as a part of them: less is not felt
+# Tokens times parameters that go through the model each time, if MIN_TOKENS do not take more: at
+# 5e8 parameters, 200 tokens.
+MAX_WORK = 1e11
+MIN_TOKENS = 64
 TEXT = """\
 The river rises among low hills, where rain falls for two hundred days a year, and runs north for
 ninety miles before it meets the sea. In 1838 a surveyor named Thomas Hale measured it from
@@ -38,37 +46,70 @@ class Quality:
         return (self.greedy_token_ids == other.greedy_token_ids).float().mean().item()
 
 
-@torch.inference_mode()
-def measure_quality(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str = TEXT
-) -> Quality:
-    """Of a model that transformers runs: before its attention is replaced."""
-    token_ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    token_ids = token_ids[:, : model.config.get_text_config().max_position_embeddings]
-    logits = model(token_ids, use_cache=False).logits[0, :-1].float()
-    loss = F.cross_entropy(logits, token_ids[0, 1:], reduction="sum").item()
-    num_bytes = len(tokenizer.decode(token_ids[0, 1:]).encode())
-    return Quality(loss / math.log(2) / num_bytes, logits.argmax(dim=-1))
+class QualityTrial:
+    """A text, and how well a model predicts it before its weights are quantized.
 
+    model: as it was loaded; nothing of it may have been changed yet.
+    max_model_len: tokens that a text may have.
+    Raises ValueError for a model that fails by itself.
+    """
 
-def keeps_quality(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kernel: Kernel
-) -> bool:
-    """Whether a model computed by this kernel loses at most MOST_LOSS. Its layers then are packed;
-    else they are what they were. A line in the log has the figures."""
-    before = measure_quality(model, tokenizer)
-    replaced = pack_layers(model, kernel)
-    after = measure_quality(model, tokenizer)
-    is_kept = after.bits_per_byte <= before.bits_per_byte * (1 + MOST_LOSS)  # False for NaN
-    if not is_kept:
-        put_back(replaced)
-    logger.log(
-        logging.INFO if is_kept else logging.WARNING,
-        "%s: %.4f bits per byte, %.4f before, %.1f%% of the likeliest tokens the same: %s",
-        kernel.name,
-        after.bits_per_byte,
-        before.bits_per_byte,
-        100 * after.agreement(before),
-        "it is used" if is_kept else "it is not used",
-    )
-    return is_kept
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        max_model_len: int,
+        text: str = TEXT,
+    ):
+        self.model, self.tokenizer = model, tokenizer
+        most_tokens = max(MIN_TOKENS, int(MAX_WORK / num_parameters(model)))
+        self.token_ids: list[int] = tokenizer(text)["input_ids"][: min(most_tokens, max_model_len)]
+        with torch.no_grad():  # as in `ModelCheck`
+            self.before = self._quality(own_logits(model, self.token_ids, len(self.token_ids)))
+
+    @torch.inference_mode()
+    def measure(self, runner: ModelRunner) -> Quality:
+        """The same of a runner."""
+        runner.cache.resize(len(self.token_ids), 0)
+        batch = ForwardBatch(logit_rows=list(range(len(self.token_ids))))
+        batch.add_prompt(self.token_ids, runner.cache.padding_row)
+        return self._quality(runner.run(batch))
+
+    def _quality(self, logits: Tensor) -> Quality:
+        """Of logits (num_tokens, vocab) float32."""
+        next_token_ids = torch.tensor(self.token_ids[1:], device=logits.device)
+        loss = F.cross_entropy(logits[:-1], next_token_ids, reduction="sum").item()
+        num_bytes = len(self.tokenizer.decode(self.token_ids[1:]).encode())
+        return Quality(loss / math.log(2) / num_bytes, logits[:-1].argmax(dim=-1))
+
+    def choose_runner(
+        self,
+        new_runner: Callable[..., ModelRunner],
+        int8: Kernel,
+        otherwise: Kernel,
+        dtype: torch.dtype,
+    ) -> ModelRunner:
+        """A runner of the int8 kernel, or if that loses more than MOST_LOSS, of the other one.
+
+        new_runner: makes one for a `kernel`. dtype: of the other one.
+        """
+        replaced = pack_layers(self.model, int8)
+        runner = new_runner(kernel=int8)
+        after = self.measure(runner)
+        is_kept = after.bits_per_byte <= self.before.bits_per_byte * (1 + MOST_LOSS)  # not for NaN
+        logger.log(
+            logging.INFO if is_kept else logging.WARNING,
+            "%s: %.4f bits per byte, %.4f before, %.1f%% of the likeliest tokens the same: %s",
+            int8.name,
+            after.bits_per_byte,
+            self.before.bits_per_byte,
+            100 * after.agreement(self.before),
+            "it is used" if is_kept else "it is not used",
+        )
+        if not is_kept:
+            put_back(replaced)
+            cast_parameters(self.model, dtype)
+            return new_runner(kernel=otherwise)
+        del replaced  # the model's own weights
+        return_freed_memory()
+        return runner

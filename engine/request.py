@@ -19,10 +19,12 @@ from tokenizers.decoders import DecodeStream
 from engine.token_rules import TokenRules
 
 FinishReason = Literal["stop", "length", "content_filter"]
+StopReason = int | str  # the id of a stop token, or a stop string
 
 # EngineError
 #  +- QueueFullError     the waiting queue is full: try again later. Recoverable.
-#  +- InferenceError     the step that held the request failed; the engine goes on. Recoverable.
+#  +- InferenceError     the step, or a sequence of the request failed; the engine goes on.
+#  |                     Recoverable.
 #  +- EngineStoppedError the engine was shut down. Unrecoverable.
 
 
@@ -35,7 +37,8 @@ class QueueFullError(EngineError):
 
 
 class InferenceError(EngineError):
-    """The model failed in a step that held this request; `__cause__` says how. Recoverable."""
+    """The model failed in a step that held this request, or one of its sequences could not go on;
+    `__cause__` says how. Recoverable."""
 
 
 class EngineStoppedError(EngineError):
@@ -52,15 +55,20 @@ class SamplingParams:
     top_p: float = 1.0  # (0, 1]; 1 keeps every token
     min_p: float = 0.0  # [0, 1]; drops tokens less likely than min_p times the likeliest
     repetition_penalty: float = 1.0  # > 0; of tokens in prompt or output (CTRL, Keskar et al. 2019)
+    repetition_penalty_range: int = 0  # of so many last ones; 0: of all
     presence_penalty: float = 0.0  # subtracted once from the logit of a token in the output
     frequency_penalty: float = 0.0  # subtracted for each time it is in the output
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # added; -inf bans
     min_tokens: int = 0  # no end-of-text and no stop string before so many tokens
-    ignore_eos: bool = False  # end-of-text is a token like any other
+    ignore_eos: bool = False  # end-of-text is a token like any other, also before min_tokens
     stop: tuple[str, ...] = ()  # ends before the first of these; the text leaves it out
+    # Token ids that end the text, each with what is told as the reason: itself, or the stop string
+    # that it stands for.
+    stop_token_ids: Mapping[int, StopReason] = field(default_factory=dict)
+    includes_stop: bool = False  # the text ends after the stop string or token instead
     num_logprobs: int | None = None  # None: none; else of the token and so many likeliest ones
     num_prompt_logprobs: int | None = None  # the same for the prompt's tokens
-    seed: int | None = None  # 0 … 2^63-1; None draws one
+    seed: int | None = None  # any integer, of which 64 bits count; None draws one
     rules: TokenRules | None = None  # of the model, for all its texts
 
     @property
@@ -71,7 +79,7 @@ class SamplingParams:
             or self.presence_penalty
             or self.frequency_penalty
             or self.logit_bias
-            or self.min_tokens
+            or (self.min_tokens and not self.ignore_eos)
             or self.rules
         )
 
@@ -96,6 +104,7 @@ class PositionLogprobs:
     token_id: int
     logprob: float
     top: list[tuple[int, float]]  # (token id, logprob), likeliest first
+    text_offset: int = 0  # of a generated token: where in the sequence's text it begins
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +116,7 @@ class Delta:
     token_ids: list[int]
     logprobs: list[PositionLogprobs]
     finish_reason: FinishReason | None  # set in the last delta of the sequence
+    stop_reason: StopReason | None = None  # what ended it, if it was asked to end there
 
 
 @dataclass(slots=True)
@@ -232,10 +242,12 @@ class Sequence:
         self.index = index
         self.params = request.params
         self.status = Status.WAITING
-        self.rng = np.random.Generator(np.random.Philox(key=[seed, index]))
+        key = np.array([seed % 2**64, index], dtype=np.uint64)
+        self.rng = np.random.Generator(np.random.Philox(key=key))
         self.output_token_ids: list[int] = []
         self.logprobs: list[PositionLogprobs] = []
         self.text = ""  # what the output tokens decode to, stop string left out
+        self.stop_reason: StopReason | None = None
         self.text_ends: list[int] = []  # len(text) after each output token
         self.num_released_tokens = 0  # of the output, already handed to the client
         self.reading = request.reading and request.reading.copy()  # of prompt and text

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.request import PositionLogprobs, Sequence
+from engine.request import InferenceError, PositionLogprobs, Sequence
 
 # How many candidates a row needs; these two stand for none and for all.
 GREEDY, ALL = 0, -1
@@ -18,19 +19,37 @@ BLOCK_TOKENS = 256
 
 def sample_tokens(
     logits: Tensor, seqs: SequenceOf[Sequence], eos_token_ids: Iterable[int]
-) -> list[int]:
-    """The next token id of each sequence, from logits (B, vocab) float32, which it changes.
+) -> list[int | InferenceError]:
+    """The next token id of each sequence, from logits (B, vocab) float32, which it changes; or
+    what ends that sequence alone: its edits failed, or left nothing that can be drawn.
 
     Sequences that want log probabilities get those of their token too.
     """
     wanting = [row for row, seq in enumerate(seqs) if seq.params.num_logprobs is not None]
     raw = logits[wanting] if wanting else logits[:0]  # a copy, since the edits change logits
-    edit_logits(logits, seqs, eos_token_ids)
-    token_ids = sample(logits, seqs)
+    failures: dict[int, InferenceError] = {}
+    for row, seq in enumerate(seqs):
+        if not (seq.params.edits_logits or seq.banned):
+            continue
+        try:
+            edit_logits(logits[row : row + 1], [seq], eos_token_ids)
+        except Exception as error:
+            failures[row] = InferenceError("the logits of a sequence could not be edited")
+            failures[row].__cause__ = error
+    token_ids: list[int | InferenceError] = [
+        InferenceError("no token can be drawn: logits are NaN, infinite, or all banned")
+        if token_id is None
+        else token_id
+        for token_id in sample(logits, seqs)
+    ]
+    for row, failure in failures.items():
+        token_ids[row] = failure
     for row, row_logits in zip(wanting, raw, strict=True):
-        seq = seqs[row]
-        num_top = seq.params.num_logprobs or 0
-        seq.logprobs += collect_logprobs(row_logits[None], [token_ids[row]], num_top)
+        seq, token_id = seqs[row], token_ids[row]
+        if isinstance(token_id, InferenceError):
+            continue
+        (logprobs,) = collect_logprobs(row_logits[None], [token_id], seq.params.num_logprobs or 0)
+        seq.logprobs.append(replace(logprobs, text_offset=len(seq.text)))
     return token_ids
 
 
@@ -46,7 +65,8 @@ def edit_logits(logits: Tensor, seqs: SequenceOf[Sequence], eos_token_ids: Itera
         if params.rules:
             params.rules.add_biases(logits[row], prompt, output)
         if params.repetition_penalty != 1.0:
-            ids = torch.tensor(sorted({*prompt, *output}))
+            tokens = [*prompt, *output][-params.repetition_penalty_range :]
+            ids = torch.tensor(sorted({*tokens}))
             seen = logits[row, ids]
             penalty = params.repetition_penalty
             logits[row, ids] = torch.where(seen > 0, seen / penalty, seen * penalty)
@@ -60,7 +80,8 @@ def edit_logits(logits: Tensor, seqs: SequenceOf[Sequence], eos_token_ids: Itera
             biases = torch.tensor(list(params.logit_bias.values()), dtype=logits.dtype)
             logits[row, ids] += biases.to(logits.device)
         if len(output) < params.min_tokens:
-            logits[row, list(eos_token_ids)] = -math.inf
+            ends = [] if params.ignore_eos else list(eos_token_ids)
+            logits[row, [*ends, *params.stop_token_ids]] = -math.inf
         if params.rules:
             params.rules.restrict(
                 logits[row],
@@ -71,13 +92,14 @@ def edit_logits(logits: Tensor, seqs: SequenceOf[Sequence], eos_token_ids: Itera
             )
 
 
-def sample(logits: Tensor, seqs: SequenceOf[Sequence]) -> list[int]:
-    """One token id a row of logits (B, vocab) float32; row i draws from seqs[i].rng.
+def sample(logits: Tensor, seqs: SequenceOf[Sequence]) -> list[int | None]:
+    """One token id a row of logits (B, vocab) float32; row i draws from seqs[i].rng. None where
+    the largest logit is not finite.
 
     What a row gives depends on that row alone, to the last bit: rows are computed in
     classes of fixed width, and a sum over a row never sees how many others there are.
     """
-    token_ids = [0] * len(seqs)
+    token_ids: list[int | None] = [None] * len(seqs)
     vocab_size = logits.shape[1]
     classes: dict[int, list[int]] = {}
     for row, seq in enumerate(seqs):
@@ -96,7 +118,8 @@ def sample(logits: Tensor, seqs: SequenceOf[Sequence]) -> list[int]:
         chosen = [seqs[row] for row in rows]
         draws = [seq.rng.random() for seq in chosen]
         if width == GREEDY:
-            picked = part.argmax(dim=-1).tolist()
+            likeliest = part.argmax(dim=-1, keepdim=True)
+            picked = _where_finite(part.gather(1, likeliest), likeliest)
         elif width == ALL:
             picked = []
             # Eight rows at a time: larger tensors would get new memory in every step.
@@ -110,17 +133,25 @@ def sample(logits: Tensor, seqs: SequenceOf[Sequence]) -> list[int]:
     return token_ids
 
 
+def _where_finite(largest: Tensor, picked: Tensor) -> list[int | None]:
+    """The tokens picked (B, 1), without those of rows whose largest logit (B, 1) is none to
+    reckon with: it is NaN if one logit is, and minus infinity if all are."""
+    finite = largest.isfinite()[:, 0].tolist()
+    token_ids = picked[:, 0].tolist()
+    return [token_id if ok else None for token_id, ok in zip(token_ids, finite, strict=True)]
+
+
 def _column(values: Iterable[float], device: torch.device) -> Tensor:
     """(B, 1) float64."""
     return torch.tensor(list(values), dtype=torch.float64, device=device)[:, None]
 
 
-def _weights(logits: Tensor, seqs: SequenceOf[Sequence]) -> Tensor:
-    """What each token weighs, (B, vocab) float32; the likeliest 1."""
+def _weights(logits: Tensor, largest: Tensor, seqs: SequenceOf[Sequence]) -> Tensor:
+    """What each token weighs, (B, vocab) float32; the likeliest 1. largest: logit, (B, 1)."""
     temperatures = _column((seq.params.temperature for seq in seqs), logits.device).float()
     # A temperature that float32 rounds to 0 must not divide 0 by 0.
     temperatures.clamp_(min=torch.finfo(torch.float32).tiny)
-    return (logits - logits.amax(dim=-1, keepdim=True)).div_(temperatures).exp_()
+    return (logits - largest).div_(temperatures).exp_()
 
 
 def _keep_likeliest(weights: Tensor, amounts: Tensor, limit: float) -> None:
@@ -141,11 +172,17 @@ def _keep_likeliest(weights: Tensor, amounts: Tensor, limit: float) -> None:
     weights[last[1:][ends[:-1] >= limit]] = 0
 
 
-def _draw_of_all(logits: Tensor, seqs: SequenceOf[Sequence], draws: SequenceOf[float]) -> list[int]:
+def _draw_of_all(
+    logits: Tensor, seqs: SequenceOf[Sequence], draws: SequenceOf[float]
+) -> list[int | None]:
     """One token id a row of logits (B, vocab); draws: in [0, 1). First a block of tokens is drawn,
     then one of the block: sums in double precision over everything would take most of the time."""
-    weights = _weights(logits, seqs)
-    for each, seq in zip(weights, seqs, strict=True):
+    largest = logits.amax(dim=-1, keepdim=True)
+    weights = _weights(logits, largest, seqs)
+    is_finite = largest.isfinite()[:, 0].tolist()
+    for each, seq, ok in zip(weights, seqs, is_finite, strict=True):
+        if not ok:
+            continue
         if seq.params.top_k:
             _keep_likeliest(each, torch.ones_like(each), seq.params.top_k)
         if seq.params.top_p < 1:
@@ -157,38 +194,42 @@ def _draw_of_all(logits: Tensor, seqs: SequenceOf[Sequence], draws: SequenceOf[f
     ends = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
     targets = _column(draws, weights.device) * ends[:, -1:]
     drawn = torch.searchsorted(ends, targets, right=True)
+    drawn.clamp_(max=ends.shape[1] - 1)  # NaN is found behind the end
     targets -= F.pad(ends, (1, 0)).gather(1, drawn)
     inside = blocks[torch.arange(len(seqs), device=drawn.device), drawn[:, 0]]
     inside = inside.cumsum(dim=-1, dtype=torch.float64)
     # The last token of the block that weighs something: rounding must not draw one beyond it.
     last = torch.searchsorted(inside, inside.amax(dim=-1, keepdim=True))
     token = torch.searchsorted(inside, targets, right=True).minimum(last)
-    return (drawn * BLOCK_TOKENS + token)[:, 0].tolist()
+    return _where_finite(largest, drawn * BLOCK_TOKENS + token)
 
 
 def _draw_of_likeliest(
     logits: Tensor, seqs: SequenceOf[Sequence], draws: list[float], width: int
-) -> list[int]:
+) -> list[int | None]:
     """The same from the `width` likeliest tokens, and from all where these are not enough."""
     device, vocab_size = logits.device, logits.shape[1]
     temperatures = _column((seq.params.temperature for seq in seqs), device)
     top_k = _column((seq.params.top_k or vocab_size for seq in seqs), device)
     top_p = _column((seq.params.top_p for seq in seqs), device)
     values, ids = torch.topk(logits, width, dim=-1)
-    weights = torch.exp((values.double() - values[:, :1].double()) / temperatures)
+    largest = values[:, :1]
+    weights = torch.exp((values.double() - largest.double()) / temperatures)
     weights[torch.arange(width, device=device)[None, :] >= top_k] = 0
     cumulative = weights.cumsum(dim=-1)
     total, is_cut = cumulative[:, -1:], []
     if 64 < width < vocab_size:
         # top_p is a share of the top_k tokens, or of all: that may be more than were looked at.
-        everything = _weights(logits, seqs).sum(dim=-1, dtype=torch.float64, keepdim=True)
+        everything = _weights(logits, largest, seqs).sum(dim=-1, dtype=torch.float64, keepdim=True)
         total = torch.where(top_k > width, everything, total)
         is_cut = (cumulative[:, -1:] < top_p * total).nonzero()[:, 0].tolist()
     weights[cumulative - weights >= top_p * total] = 0
     weights[weights < _column((seq.params.min_p for seq in seqs), device)] = 0
     cumulative = weights.cumsum(dim=-1)
     targets = _column(draws, device) * cumulative[:, -1:]
-    picked = ids.gather(1, torch.searchsorted(cumulative, targets, right=True))[:, 0].tolist()
+    drawn = torch.searchsorted(cumulative, targets, right=True)
+    drawn.clamp_(max=width - 1)  # NaN is found behind the end
+    picked = _where_finite(largest, ids.gather(1, drawn))
     for row in is_cut:  # its distribution is flat
         (picked[row],) = _draw_of_all(logits[row : row + 1], [seqs[row]], [draws[row]])
     return picked

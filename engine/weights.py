@@ -45,7 +45,8 @@ def prepare_weights(model: PreTrainedModel, kernel: Kernel) -> bool:
             parameter.data = parameter.data.clone()
     if type(model) is GPT2LMHeadModel and not model.config.add_cross_attention:
         model.forward = gpt2_forward(model)
-    return_freed_memory()
+    if kernel.pack:  # else nothing was freed
+        return_freed_memory()
     layers = (PackedLinear, OnednnInt8Linear)
     return move_to_huge_pages([m.weight for m in model.modules() if isinstance(m, layers)])
 

@@ -1,4 +1,4 @@
-"""How many parts a body may have, and how long it may take to arrive.
+"""How a body may come: as JSON, in how many parts, in how much time.
 
 A body is parsed and checked on the event loop, where all others wait meanwhile. A thread would
 not help: the parser keeps Python's lock until it is done, and threads that are busy in Python
@@ -8,10 +8,12 @@ hold up the engine's. So a body has a limit to what there is to parse.
 import asyncio
 import json
 from collections.abc import Callable, Coroutine
+from email.message import Message
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
 # Texts (names of fields too), lists, objects, fractions and truth values: the longest conversation
@@ -62,6 +64,23 @@ class BoundedRequest(Request):
         return self._json
 
 
+def refuse_media_type(headers: Headers) -> None:
+    """Raises a 415 for a body that is compressed, or does not come as JSON. A page of another site
+    can post one that does not come as JSON without its browser asking first (CORS)."""
+    if headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers:
+        return
+    if headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+        reason = "A compressed body is not accepted: send it without Content-Encoding"
+        raise HTTPException(415, reason, {"Accept-Encoding": "identity"})
+    sent = Message()
+    sent["content-type"] = headers.get("content-type", "")
+    subtype = sent.get_content_subtype()
+    is_json = subtype == "json" or subtype.endswith("+json")
+    if sent.get_content_maintype() != "application" or not is_json:  # as FastAPI has it
+        reason = "Send JSON with the header Content-Type: application/json"
+        raise HTTPException(415, reason, {"Accept-Post": "application/json"})
+
+
 class BoundedRoute(APIRoute):
     """Reads its body as a BoundedRequest (FastAPI: Custom Request and APIRoute class)."""
 
@@ -69,6 +88,8 @@ class BoundedRoute(APIRoute):
         handler = super().get_route_handler()
 
         async def handle(request: Request) -> Response:
+            if request.method == "POST":
+                refuse_media_type(request.headers)
             return await handler(BoundedRequest(request.scope, request.receive))
 
         return handle

@@ -8,8 +8,8 @@ machine can reach it, though it cannot read the answers:
 - An image or a script whose address is here makes the browser ask for it. Browsers say so
   (https://www.w3.org/TR/fetch-metadata/), but only to loopback addresses and over https.
 
-JSON that a page posts without being asked about CORS comes under another content type, under which
-FastAPI does not take it.
+JSON that a page posts without being asked about CORS comes under another content type, which
+BoundedRoute refuses.
 """
 
 import re
@@ -19,13 +19,12 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serving.errors import error_response
-from serving.middleware import is_open
+from serving.errors import error_response, route_path
+from serving.middleware import PROBES, is_open
 from serving.settings import Settings, refuse_setting
 
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::\d*)?", re.IGNORECASE)
 ALLOWED_HOST = re.compile(r"\*|(\*\.)?[a-z0-9._-]+|\[[0-9a-f:.]+\]")
-PROBES = ("/health", "/ready")  # which orchestrators ask for under a pod's own address
 
 
 def read_allowed_hosts(settings: Settings) -> list[str]:
@@ -52,8 +51,11 @@ def cors_options(settings: Settings) -> dict[str, Any]:
     ]
     return {
         "allow_origins": read_cors_origins(settings),
-        "allow_methods": ["GET", "POST"],
-        "allow_headers": ["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
+        "allow_methods": ["GET", "HEAD", "POST"],
+        # Clients add headers of their own (`x-stainless-…`, `traceparent`), and none does harm.
+        "allow_headers": ["*"],
+        # Chrome asks for this where a public page calls a private address.
+        "allow_private_network": True,
         "expose_headers": ["X-Request-ID", "Retry-After", *told],
     }
 
@@ -76,11 +78,13 @@ class BrowserMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            if scope["path"] not in PROBES and not self.is_asked_under_our_name(scope):
+            if route_path(scope) not in PROBES and not self.is_asked_under_our_name(scope):
                 # RFC 9110, 7.4: for another origin than those that the server answers for.
                 detail = "Not served under this Host: ask for localhost, or add it to ALLOWED_HOSTS"
                 return await error_response(scope, 421, detail)(scope, receive, send)
-            if not is_open(scope["path"]) and self.comes_from_another_site(Headers(scope=scope)):
+            if not is_open(route_path(scope)) and self.comes_from_another_site(
+                Headers(scope=scope)
+            ):
                 detail = "A page of an origin that is not in CORS_ORIGINS may not ask for this"
                 return await error_response(scope, 403, detail)(scope, receive, send)
         await self.app(scope, receive, send)

@@ -3,11 +3,14 @@
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
 import models
-from serving.errors import FORBIDDEN_PROMPT
+from serving.errors import FORBIDDEN_PROMPT, is_openai_path
+from serving.middleware import is_open
 from serving.registry import ModelRegistry
+from serving.settings import Settings
 
 Responses = dict[int | str, dict[str, Any]]
 
@@ -15,6 +18,7 @@ ERRORS: Responses = {
     400: {"model": models.Error, "description": FORBIDDEN_PROMPT},
     404: {"model": models.Error, "description": "No such model"},
     413: {"model": models.Error, "description": "Request body too large"},
+    415: {"model": models.Error, "description": "The body is not JSON, or is compressed"},
     422: {"model": models.ValidationErrors, "description": "Invalid request"},
     500: {"model": models.Error, "description": "Model inference failed"},
     503: {"model": models.Error, "description": "Overloaded or stopping; see Retry-After"},
@@ -45,6 +49,7 @@ OPENAI_REFUSALS: dict[int | str, str] = {
     400: "Invalid, forbidden (`content_filter`) or too long (`context_length_exceeded`)",
     404: "No such model (`model_not_found`)",
     413: "Request body too large",
+    415: "The body is not JSON, or is compressed",
     "4XX": "Any other refusal",  # and no 422, which FastAPI would put here by itself
     500: "Model inference failed",
     503: "Overloaded or stopping; see Retry-After",
@@ -77,8 +82,14 @@ CHAT_CHUNKS = or_chunks(
 )
 
 
-def document_vocabulary(app: FastAPI, registry: ModelRegistry) -> None:
-    """Lets the app's document end `top_k` at the vocabulary, as it does in fact."""
+def operation_id(route: APIRoute) -> str:
+    """The name of a method in generated clients: the function's, wherever its path may move to."""
+    return route.name
+
+
+def document_models(app: FastAPI, registry: ModelRegistry) -> None:
+    """Lets the app's document end `top_k` at the vocabulary, as it does in fact, and ask for a
+    model that is served in its examples."""
 
     def openapi() -> dict[str, Any]:
         if not app.openapi_schema:
@@ -90,9 +101,58 @@ def document_vocabulary(app: FastAPI, registry: ModelRegistry) -> None:
                     parameters = operation.get("parameters", ())
                     fields.append({each["name"]: each["schema"] for each in parameters})
             for each in fields:
+                for name in each.keys() & {"model", "model_id"}:
+                    each[name]["examples"] = [registry.default.name]
                 if "top_k" in each and sizes:
                     each["top_k"]["maximum"] = min(sizes)
         return app.openapi_schema or {}
 
     # As FastAPI's own documentation has it (Advanced: Extending OpenAPI).
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def document_refusals(app: FastAPI, settings: Settings, needs_key: bool) -> None:
+    """Adds to the app's document the keys that routes need, and what the middleware refuses."""
+    describe = app.openapi
+    refusals = {503: "Overloaded or stopping; see Retry-After"}
+    if needs_key:
+        refusals[401] = "No API key, or one that is not known"
+    if settings.rate_limit or settings.token_rate_limit:
+        refusals[429] = "Over a limit; see Retry-After"
+
+    def openapi() -> dict[str, Any]:
+        is_new = not app.openapi_schema
+        document = describe()
+        if is_new:
+            for path, operations in document["paths"].items():
+                for operation in operations.values():
+                    add_refusals(path, operation, refusals, settings)
+            if needs_key:
+                document["components"]["securitySchemes"] = {
+                    "Bearer": {"type": "http", "scheme": "bearer"},
+                    "X-API-Key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+                }
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def add_refusals(
+    path: str, operation: dict[str, Any], refusals: dict[int, str], settings: Settings
+) -> None:
+    """Adds to an operation those that it can meet, and what it takes to pass."""
+    responses = operation["responses"]
+    if "requestBody" not in operation:
+        responses.pop("415", None)
+    if is_open(path):
+        return
+    is_metrics = path == "/metrics"
+    error = models.OpenAIError if is_openai_path(path) else models.Error
+    schema = {"$ref": f"#/components/schemas/{error.__name__}"}
+    for status, description in refusals.items():
+        is_met = {401: not is_metrics or settings.metrics_need_key}.get(status, not is_metrics)
+        if is_met:
+            content = {"application/json": {"schema": schema}}
+            responses.setdefault(str(status), {"description": description, "content": content})
+            if status == 401:
+                operation["security"] = [{"Bearer": []}, {"X-API-Key": []}]

@@ -32,10 +32,12 @@ from serving.errors import (
     error_response,
     is_openai_path,
     retry_after,
+    route_path,
 )
 from serving.metrics import FAILED_REQUESTS, FILTER_HITS, QUEUE_REFUSALS
 from serving.rate_limits import AboveLimit, LimitReached, limit_refusal
 from serving.registry import UnknownModel
+from serving.reserved_paths import reserved
 from serving.streams import ClientGone
 
 # What may end a text that has begun.
@@ -68,13 +70,15 @@ def refuse_fields(http: Request, problems: list[dict[str, Any]]) -> JSONResponse
         {"loc": [name(part) for part in each["loc"]], "msg": each["msg"], "type": each["type"]}
         for each in problems[:20]
     ]
-    if not is_openai_path(http.scope["path"]):
+    if not is_openai_path(route_path(http.scope)):
         return error_response(http.scope, 422, told)
     first = problems[0]
     path = [str(part) for part in told[0]["loc"][1:] if first["type"] != "json_invalid"]
-    param = path[0] if path else first.get("ctx", {}).get("param")
+    if "param" in first.get("ctx", {}):  # a validator of a whole object says which field it means
+        path.append(first["ctx"]["param"])
+    param = path[0] if path else None
     reason = first["msg"].removeprefix("Value error, ")
-    message = f"{'.'.join(path) or param or 'body'}: {reason}"
+    message = f"{'.'.join(path) or 'body'}: {reason}"
     return error_response(http.scope, 400, message, param=param)
 
 
@@ -117,9 +121,8 @@ async def refuse_forbidden_prompt(http: Request, error: ForbiddenPrompt) -> JSON
 
 async def refuse_long_prompt(http: Request, error: ContextExceeded) -> JSONResponse:
     message = (
-        f"This model's maximum context length is {error.context_tokens} tokens, however you "
-        f"requested {error.num_prompt_tokens + error.num_new_tokens} tokens "
-        f"({error.num_prompt_tokens} in your prompt; {error.num_new_tokens} for the completion)"
+        f"This model's maximum context length is {error.context_tokens} tokens, and your prompt "
+        f"has {error.num_prompt_tokens}: it leaves no room for a completion"
     )
     code = "context_length_exceeded"
     return error_response(http.scope, 400, message, param="prompt", code=code)
@@ -132,14 +135,14 @@ async def refuse_chat(http: Request, error: NoChatTemplate) -> JSONResponse:
 
 async def refuse_unknown_model(http: Request, error: UnknownModel) -> JSONResponse:
     served = ", ".join(error.served_names)
-    if is_openai_path(http.scope["path"]):
+    if is_openai_path(route_path(http.scope)):
         message = f"The model does not exist; served: {served}"
         return error_response(http.scope, 404, message, param="model", code="model_not_found")
     return error_response(http.scope, 404, f"No such model; served: {served}")
 
 
 async def report_refused(http: Request, error: Refused) -> JSONResponse:
-    if is_openai_path(http.scope["path"]):
+    if is_openai_path(route_path(http.scope)):
         return error_response(http.scope, 400, REFUSED, code=error.code)
     return refuse_fields(http, [value_error(input_place(http), msg=REFUSED)])
 
@@ -180,17 +183,28 @@ async def close_for_nobody(_: Request, error: ClientGone) -> Response:
     return Response(status_code=499)
 
 
-async def report_refusal(http: Request, error: HTTPException) -> JSONResponse:
+def allowed_methods(app: FastAPI, path: str) -> set[str]:
+    """The methods of all routes on this path, not of the first alone; those of a file if none."""
+    routes = [route for route in iter_route_contexts(app.routes) if route.methods]
+    first = next((route.path for route in routes if route.path_regex.match(path)), None)
+    return {m for route in routes if route.path == first for m in route.methods or ()} or {
+        "GET",
+        "HEAD",
+    }
+
+
+async def report_refusal(http: Request, error: HTTPException) -> Response:
     """What FastAPI and Starlette raise."""
     if error.status_code == 400:  # which only FastAPI raises, for a body that it cannot read
         return refuse_fields(http, [value_error("body", msg="not valid JSON")])
+    path = route_path(http.scope)
+    if error.status_code in (404, 405) and (reason := reserved(path)):
+        return error_response(http.scope, 404, reason)
     headers = dict(error.headers or {})
-    if error.status_code == 405:  # of all routes on this path, not of the first alone
-        routes = [route for route in iter_route_contexts(http.app.routes) if route.methods]
-        matching = (route.path for route in routes if route.path_regex.match(http.scope["path"]))
-        path = next(matching, None)  # None: a file
-        methods = {m for route in routes if route.path == path for m in route.methods or ()}
-        headers["Allow"] = ", ".join(sorted(methods or {"GET", "HEAD"}))
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(sorted(allowed_methods(http.app, path)))
+        if http.method == "OPTIONS":
+            return Response(status_code=204, headers=headers)
     return error_response(http.scope, error.status_code, error.detail, headers)
 
 

@@ -19,8 +19,17 @@ BUSY = "The external model takes no more requests; try again shortly"
 REFUSED = "The external model refused the request"
 
 
+def route_path(scope: Scope) -> str:
+    """The path as routes have it, without the prefix that a proxy has stripped and uvicorn's
+    `--root-path` has put back. Starlette's routes go by the same."""
+    # Starlette keeps the root path here once it has come to mounted files.
+    prefix: str = scope.get("app_root_path", scope.get("root_path", ""))
+    path: str = scope["path"]
+    return path.removeprefix(prefix) if prefix else path
+
+
 def is_openai_path(path: str) -> bool:
-    return path.startswith("/v1/")
+    return path.startswith("/v1/") or path == "/v1"
 
 
 def openai_error(
@@ -51,7 +60,7 @@ def error_response(
     code: str | None = None,
 ) -> JSONResponse:
     """An answer with that body."""
-    body = error_body(scope["path"], status, detail, param=param, code=code)
+    body = error_body(route_path(scope), status, detail, param=param, code=code)
     return JSONResponse(body, status, headers)
 
 

@@ -14,6 +14,7 @@ from collections import Counter
 from functools import partial
 from typing import Any, Literal
 
+import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import (
     STATUS_LINE,
@@ -131,6 +132,12 @@ class BoundedProtocol(HttpToolsProtocol):
         self.sent_seconds = self.loop.time()  # when a sweep last saw fewer, or none
         self.expect("request")
 
+    def new_parser(self) -> httptools.HttpRequestParser:
+        parser = httptools.HttpRequestParser(self)
+        # As uvicorn has it: requests that were sent ahead of an answer are parsed all the same.
+        parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        return parser
+
     def expect(self, awaited: Awaited) -> None:
         self.awaited = awaited
         self.since_seconds = self.loop.time()
@@ -181,7 +188,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.awaited == "request":
             self.expect("head")
         self.num_body_bytes = 0
-        super().data_received(piece)
+        self.parse(piece)
         self.num_head_bytes += len(piece) - self.num_body_bytes
         if self.num_head_bytes > MAX_HEADERS_BYTES and not self.is_refused:
             if len(self.url) > MAX_URL_BYTES:
@@ -194,6 +201,38 @@ class BoundedProtocol(HttpToolsProtocol):
             if is_too_much or len(self.pipeline) > MAX_REQUESTS_AHEAD:
                 self.cut_off("pipelined")
 
+    def parse(self, piece: bytes) -> None:
+        """What uvicorn does with it, but that an upgrade which the client offers is ignored (RFC
+        9110, 7.8). JDK's HttpClient offers HTTP/2 with its first request on a connection."""
+        self._unset_keepalive_if_required()
+        try:
+            while piece:
+                try:
+                    self.parser.feed_data(piece)
+                    return
+                except httptools.HttpParserUpgrade as offer:
+                    (num_parsed_bytes,) = offer.args
+                    self.parse_head_without_offer()
+                    piece = piece[num_parsed_bytes:]
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+
+    def parse_head_without_offer(self) -> None:
+        """Has a new parser begin the request again. httptools takes all that follows a head with an
+        offer for another protocol's, whatever length the head tells."""
+        num_head_bytes = self.num_head_bytes
+        lines = [b"%b: %b" % each for each in self.headers if each[0] != b"upgrade"]
+        start = self.parser.get_method() + b" " + self.url
+        start += b" HTTP/" + self.parser.get_http_version().encode()
+        self.parser = self.new_parser()
+        self.parser.feed_data(b"\r\n".join([start, *lines, b"", b""]))
+        self.num_head_bytes = num_head_bytes
+
+    @property
+    def has_offer(self) -> bool:
+        """Whether the request that is being parsed comes again without its upgrade."""
+        return self.parser.should_upgrade()
+
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.num_head_bytes = 0
@@ -201,6 +240,10 @@ class BoundedProtocol(HttpToolsProtocol):
             self.expect("head")
 
     def on_headers_complete(self) -> None:
+        if self.parser.get_method() == b"CONNECT":
+            raise httptools.HttpParserError("only a proxy connects to others")
+        if self.has_offer:
+            return
         super().on_headers_complete()
         self.expect("body")
         if self.pipeline:
@@ -212,6 +255,8 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.has_offer:
+            return
         self.expect("request")
         super().on_message_complete()
 
@@ -219,6 +264,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self.answering = cycle
+        if cycle.scope["http_version"] != "1.1":
+            app = partial(answer_without_chunks, app, cycle)
         super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
@@ -297,3 +344,24 @@ class BoundedProtocol(HttpToolsProtocol):
             self.refuse(
                 408, f"The {self.awaited} of the request took longer than {seconds:g} seconds"
             )
+
+
+async def answer_without_chunks(
+    app: Any, cycle: RequestResponseCycle, scope: Any, receive: Any, send: Any
+) -> None:
+    """Runs the app for a client of HTTP/1.0, which knows no chunks: the end of the connection is
+    that of the answer. uvicorn sends chunks to everybody."""
+
+    is_sized = True
+
+    async def send_plainly(message: Any) -> None:
+        nonlocal is_sized
+        if message["type"] == "http.response.start":
+            is_sized = any(name.lower() == b"content-length" for name, _ in message["headers"])
+            if not is_sized:
+                cycle.chunked_encoding = False
+        elif not is_sized:  # each piece is as long as it is
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    await app(scope, receive, send_plainly)

@@ -25,7 +25,7 @@ from urllib.parse import quote, unquote
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.errors import STOPPING, UNEXPECTED, error_response, retry_after
+from serving.errors import STOPPING, UNEXPECTED, error_response, retry_after, route_path
 from serving.logs import add_to_log, log_request, request_facts, request_id
 from serving.metrics import HTTP_REQUESTS
 from serving.settings import Settings, refuse_setting
@@ -43,13 +43,16 @@ EVERY_ANSWERS_HEADERS = (
 # The first that the path does not hold itself is taken: a URL has no room for all of them.
 ENCODED_SLASHES = [chr(code) for code in range(0xE000, 0xF900)]
 
-OPEN_PATHS = frozenset({"/", "/health", "/ready"})
+# Which orchestrators ask for under a pod's own address.
+PROBES = frozenset({"/health", "/healthz", "/livez", "/ping", "/ready", "/readyz"})
 PAGE_FILES = "/static/"
+DOCS = frozenset({"/docs", "/redoc", "/openapi.json"})
+DOCS_FILES = "/static-offline-docs/"
 
 
 def is_open(path: str) -> bool:
     """Whether everybody may ask for this, at any time. A new route never is by accident."""
-    return path in OPEN_PATHS or path.startswith(PAGE_FILES)
+    return path == "/" or path in PROBES or path.startswith(PAGE_FILES)
 
 
 class RequestContextMiddleware:
@@ -186,17 +189,23 @@ class ApiKeyMiddleware:
     key_names: by the key's digest; empty: no key is needed.
     """
 
-    def __init__(self, app: ASGIApp, key_names: dict[bytes, str], metrics_need_key: bool):
+    def __init__(
+        self,
+        app: ASGIApp,
+        key_names: dict[bytes, str],
+        metrics_need_key: bool,
+        docs_need_key: bool = False,
+    ):
         self.app = app
         self.key_names = key_names
         self.metrics_need_key = metrics_need_key
+        self.docs_need_key = docs_need_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or is_open(scope["path"]):
+        if scope["type"] != "http" or is_open(route_path(scope)):
             return await self.app(scope, receive, send)
         scope["client_identity"] = address_identity(scope.get("client"))
-        is_free = scope["path"] == "/metrics" and not self.metrics_need_key
-        if self.key_names and not is_free:
+        if self.key_names and self.needs_key(route_path(scope)):
             name = self.key_name(Headers(scope=scope))
             if name is None:
                 headers = {"WWW-Authenticate": "Bearer"}
@@ -206,6 +215,11 @@ class ApiKeyMiddleware:
             scope["client_identity"] = f"key {name}"
             add_to_log(key=name)
         await self.app(scope, receive, send)
+
+    def needs_key(self, path: str) -> bool:
+        if path == "/metrics":
+            return self.metrics_need_key
+        return self.docs_need_key or not (path in DOCS or path.startswith(DOCS_FILES))
 
     def key_name(self, headers: Headers) -> str | None:
         """The name of the key that the request brings, compared in constant time."""
@@ -227,7 +241,7 @@ class ShutdownMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self.shutdown.has_begun:
-            path = scope["path"]
+            path = route_path(scope)
             if not is_open(path) and path != "/metrics":
                 refusal = error_response(scope, 503, STOPPING, retry_after())
                 return await refusal(scope, receive, send)

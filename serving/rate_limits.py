@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.counts import Count, StorageError
-from serving.errors import error_response, retry_after
+from serving.errors import error_response, retry_after, route_path
 from serving.logs import first_line, request_generations
 from serving.metrics import RATE_LIMIT_REFUSALS
 from serving.middleware import is_open
@@ -173,7 +173,7 @@ class RateLimitMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_limited = scope["type"] == "http" and self.limits.amounts and not self.limits.is_paused
-        if not is_limited or is_open(scope["path"]) or scope["path"] == "/metrics":
+        if not is_limited or is_open(path := route_path(scope)) or path == "/metrics":
             return await self.app(scope, receive, send)
         allowance = Allowance(self.limits, scope["client_identity"])
 

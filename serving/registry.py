@@ -57,7 +57,7 @@ class ModelRegistry:
 
     def get(self, name: str | None) -> Backend:
         """The model of that name, the default one for None. Raises UnknownModel."""
-        if name is None:
+        if not name:
             return self.default
         if name not in self.backends:
             raise UnknownModel(self.names)

@@ -3,16 +3,18 @@
 import asyncio
 import hashlib
 import mimetypes
-import re
 from base64 import b64encode
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
+from html import escape
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, HTTPException, Query, Request, Response
 from fastapi import Path as PathParameter
+from fastapi.openapi.docs import get_redoc_html, get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.staticfiles import StaticFiles
 
@@ -21,7 +23,9 @@ from backends.base import Client, Generation
 from serving.bodies import BoundedRoute
 from serving.documentation import ERRORS, NOT_READY, PLAIN_TEXT
 from serving.error_handlers import FAILURES, count_failure, failure_message
-from serving.middleware import with_slashes
+from serving.errors import route_path
+from serving.middleware import DOCS_FILES, with_slashes
+from serving.reserved_paths import reserved
 from serving.service import CurrentClient, CurrentService, Service
 from serving.streams import GenerationStream, StreamAborted, admit, event, finish
 
@@ -60,16 +64,56 @@ class PageFiles(StaticFiles):
 async def root(http: Request) -> Any:
     """A page for browsers (`Accept: text/html`), `{"health": "ok"}` for everything else."""
     if "text/html" in http.headers.get("accept", ""):
-        return HTMLResponse(PAGE, headers=PAGE_HEADERS)
+        prefix = http.scope.get("root_path", "").rstrip("/")
+        # A proxy may have served it without the slash that its own addresses begin at.
+        base = f'<base href="{escape(prefix)}/">' if prefix else ""
+        headers = dict(PAGE_HEADERS)
+        if base:
+            policy = headers["Content-Security-Policy"]
+            headers["Content-Security-Policy"] = policy.replace(
+                "base-uri 'none'", "base-uri 'self'"
+            )
+        return HTMLResponse(PAGE.replace("<head>", "<head>" + base, 1), headers=headers)
     return JSONResponse({"health": "ok"}, headers={"Vary": "Accept"})
 
 
+@service_routes.head("/docs", include_in_schema=False)
+@service_routes.get("/docs", include_in_schema=False)
+async def docs(http: Request) -> Response:
+    """Swagger UI. All addresses are relative, so that it works under a proxy's path."""
+    return get_swagger_ui_html(
+        openapi_url="openapi.json",
+        title=f"{http.app.title} - Swagger UI",
+        swagger_js_url=f"{DOCS_FILES[1:]}swagger-ui-bundle.js",
+        swagger_css_url=f"{DOCS_FILES[1:]}swagger-ui.css",
+        swagger_favicon_url=f"{DOCS_FILES[1:]}favicon.png",
+    )
+
+
+@service_routes.head("/redoc", include_in_schema=False)
+@service_routes.get("/redoc", include_in_schema=False)
+async def redoc(http: Request) -> Response:
+    """ReDoc, the same way."""
+    return get_redoc_html(
+        openapi_url="openapi.json",
+        title=f"{http.app.title} - ReDoc",
+        redoc_js_url=f"{DOCS_FILES[1:]}redoc.standalone.js",
+        redoc_favicon_url=f"{DOCS_FILES[1:]}favicon.png",
+        with_google_fonts=False,
+    )
+
+
+@service_routes.head("/metrics", include_in_schema=False)
 @service_routes.get("/metrics", response_class=Response)
 async def metrics(service: CurrentService) -> Response:
     """Prometheus text; vLLM's names where it has the same figure."""
     return Response(await service.render_metrics(), media_type=CONTENT_TYPE_LATEST)
 
 
+# Under the names that Kubernetes, SageMaker and vLLM ask for too.
+@service_routes.api_route("/healthz", methods=["GET", "HEAD"], include_in_schema=False)
+@service_routes.api_route("/livez", methods=["GET", "HEAD"], include_in_schema=False)
+@service_routes.api_route("/ping", methods=["GET", "HEAD"], include_in_schema=False)
 @service_routes.head("/health", include_in_schema=False)
 @service_routes.get("/health", response_model=models.Health)
 async def health() -> Any:
@@ -77,6 +121,7 @@ async def health() -> Any:
     return {"health": "ok"}
 
 
+@service_routes.api_route("/readyz", methods=["GET", "HEAD"], include_in_schema=False)
 @service_routes.head("/ready", include_in_schema=False)
 @service_routes.get("/ready", response_model=models.Readiness, responses=NOT_READY)
 async def ready(service: CurrentService) -> Any:
@@ -108,7 +153,31 @@ def readiness(service: Service) -> str:
 # --- Text ---------------------------------------------------------------------------------------
 
 text_routes = APIRouter(tags=["generation"], route_class=BoundedRoute)
-prompt_route = APIRouter(tags=["generation"])  # to be included last: it takes any path
+
+
+class PromptRoute(APIRoute):
+    """Takes no path that is reserved, whatever its query."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            if reserved(route_path(request.scope)):
+                raise HTTPException(404)
+            return await handler(request)
+
+        return handle
+
+
+# To be included last: it takes any path.
+prompt_route = APIRouter(tags=["generation"], route_class=PromptRoute)
+
+
+def without_text(media_type: str) -> Response:
+    """What HEAD gets of a text: what GET would begin with. Nothing is generated."""
+    response = Response(media_type=media_type, headers={"Cache-Control": "no-store"})
+    del response.headers["Content-Length"]  # which only the text would tell
+    return response
 
 
 async def native_events(prompt: str, generation: Generation) -> AsyncGenerator[str]:
@@ -187,8 +256,14 @@ async def stream_plain(
     return GenerationStream(plain_text(generation), generation, "text/plain")
 
 
+@text_routes.head("/generate/text", include_in_schema=False)
+async def begin_text(query: Annotated[models.TextQuery, Query()]) -> Response:
+    """Whether a GET would be valid."""
+    return without_text("text/plain")
+
+
 @text_routes.get("/generate/text", responses=ERRORS | PLAIN_TEXT, response_class=Response)
-async def generate_text_from_query(
+async def stream_text_from_query(
     http: Request,
     query: Annotated[models.TextQuery, Query()],
     client: CurrentClient,
@@ -199,18 +274,20 @@ async def generate_text_from_query(
 
 
 @text_routes.post("/generate/text", responses=ERRORS | PLAIN_TEXT, response_class=Response)
-async def generate_text(
+async def stream_text(
     http: Request, body: models.TextRequest, client: CurrentClient, service: CurrentService
 ) -> Response:
     """The same with a JSON body."""
     return await stream_plain(http, body, client, service)
 
 
-# What browsers and crawlers ask for by themselves.
-NOT_A_PROMPT = re.compile(
-    r"\..*|static-offline-docs|.*\.(ico|txt|xml|png|svg|jpg|css|js|map|json|webmanifest|php|html?)",
-    re.IGNORECASE,
-)
+@prompt_route.head("/{prompt}", include_in_schema=False)
+async def begin_from_path(
+    prompt: Annotated[models.Prompt, PathParameter()],
+    query: Annotated[models.PromptQuery, Query()],
+) -> Response:
+    """Whether a GET would be valid."""
+    return without_text("application/json")
 
 
 @prompt_route.get("/{prompt}", response_model=models.GeneratedSequences, responses=ERRORS)
@@ -223,8 +300,6 @@ async def generate_from_path(
     service: CurrentService,
 ) -> Any:
     """Continues the URL-encoded path: `/Once%20upon%20a%20time?max_new_tokens=50`."""
-    if NOT_A_PROMPT.fullmatch(prompt):
-        raise HTTPException(404, "Not Found")
     prompt = with_slashes(http.scope, prompt)
     backend = service.backend(query.model)
     submitting = backend.submit_text(

@@ -26,7 +26,7 @@ class Service:
     render_metrics: Callable[[], Awaitable[bytes]] = render_metrics
 
     def backend(self, name: str | None) -> Backend:
-        """The model of that name, the default one for None. Raises UnknownModel."""
+        """The model of that name, the default one for None or "". Raises UnknownModel."""
         return self.registry.get(name)
 
 

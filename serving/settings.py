@@ -118,6 +118,11 @@ class Settings(BaseSettings):
     metrics_need_key: bool = Field(
         default=True, description="Whether `/metrics` needs a key where there are keys."
     )
+    docs_need_key: bool = Field(
+        default=False,
+        description="Whether `/docs`, `/redoc` and `/openapi.json` need a key where there are "
+        "keys; they are the same in every service of this version.",
+    )
     rate_limit: int | None = Field(
         default=None, ge=1, description="Requests a minute by key, else by client address."
     )

@@ -90,12 +90,11 @@ export const getMetrics = () => fetch("metrics", { headers: keyHeader() }).catch
 export async function describe() {
   const get = async (path) => {
     const response = await fetch(path, { headers: keyHeader() }).catch(lostConnection);
-    // /ready names the models even when it says no.
-    if (!response.ok && path !== "ready") throw await problemOf(response);
+    if (!response.ok) throw await problemOf(response);
     return response.json().catch(() => { throw gone(); });
   };
-  const [{ components }, { model_names }] = await Promise.all([get("openapi.json"), get("ready")]);
-  return { schemas: components.schemas, modelNames: model_names };
+  const [{ components }, { data }] = await Promise.all([get("openapi.json"), get("v1/models")]);
+  return { schemas: components.schemas, modelNames: data.map(({ id }) => id) };
 }
 
 async function* events(response) {

@@ -16,8 +16,7 @@ function rangeOf(schema) {
   const of = schema.anyOf?.find((each) => each.type !== "null") ?? schema;
   return {
     isWhole: of.type === "integer",
-    min: of.minimum ?? of.exclusiveMinimum,
-    hasMin: of.minimum !== undefined,
+    min: Math.max(of.minimum ?? 0, 0), // What is below that only turns something off.
     // Beyond that, JavaScript's numbers are not exact.
     max: Math.min(of.maximum ?? Infinity, Number.MAX_SAFE_INTEGER),
   };
@@ -33,7 +32,7 @@ function read({ CompletionRequest, GenerateRequest }, modelNames) {
     ranges,
     modelNames,
     numStops: asked.stop.anyOf.find((each) => each.type === "array").maxItems,
-    numLogprobs: rangeOf(asked.logprobs).max,
+    numLogprobs: Math.min(5, rangeOf(asked.logprobs).max), // More would not fit beside a token.
     firstValues: {
       max_tokens: native.max_length.default, temperature: native.temperature.default,
       top_p: native.top_p.default, top_k: native.top_k.default, n: asked.n.default,
@@ -47,9 +46,8 @@ export async function load() {
   const isFirst = !isLoaded();
   service = read(schemas, modelNames);
   for (const name of NUMBERS) {
-    const { isWhole, hasMin, min, max } = service.ranges[name];
-    const step = isWhole ? 1 : 0.05;
-    const bounds = { min: hasMin ? min : min + step, max, step };
+    const { isWhole, min, max } = service.ranges[name];
+    const bounds = { min, max, step: isWhole ? 1 : 0.05 };
     Object.assign($(name), bounds);
     Object.assign(sliderOf(name) ?? {}, bounds);
   }
@@ -97,16 +95,14 @@ export function setNumber(name, value) {
 /** Reads the number in a field. An empty seed is null. */
 function readNumber(name) {
   const field = $(name);
-  const { isWhole, hasMin, min, max } = service.ranges[name];
+  const { isWhole, min, max } = service.ranges[name];
   if (name === "seed" && field.value === "" && !field.validity.badInput) return null;
   const value = field.value === "" ? NaN : Number(field.value);
-  const isRight = (hasMin ? value >= min : value > min) && value <= max
-    && (!isWhole || Number.isInteger(value));
+  const isRight = value >= min && value <= max && (!isWhole || Number.isInteger(value));
   if (isRight) return value;
   const label = field.labels[0].firstChild.textContent.trim();
   const kind = isWhole ? "a whole number" : "a number";
-  const from = hasMin ? `from ${min}` : `above ${min}`;
-  throw new Problem(`${label} takes ${kind} ${from} up to ${max}.`, { field });
+  throw new Problem(`${label} takes ${kind} from ${min} up to ${max}.`, { field });
 }
 
 // The field has a stop string on each line, so a line break in one is written \n.

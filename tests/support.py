@@ -24,7 +24,14 @@ import pytest
 import torch
 import uvicorn
 from fastapi.testclient import TestClient
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TokenizersBackend,
+)
 from transformers.utils import logging as transformers_logging
 
 from engine import Delta, Engine, EngineRequest, Prompt, SamplingParams, TextReading
@@ -231,6 +238,26 @@ def token(text: str) -> int:
     """The id of the one token that text is."""
     (token_id,) = ids(text)
     return token_id
+
+
+def byte_fallback_tokenizer() -> Any:
+    """Small, and spells what it has no word for byte by byte, as Llama 2's does."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += ["▁", "▁one", "▁two", "▁three", "▁the", "Ġ", *"abcdefghijklmnopqrstuvwxyz."]
+    backend = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], 0, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+         decoders.Strip(" ", 1, 0)]
+    )  # fmt: skip
+    return TokenizersBackend(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 def load(dtype: torch.dtype = torch.float32) -> Any:

@@ -27,10 +27,10 @@ def test_schemas_describe_every_sampling_parameter() -> None:
     [
         ("prompt", None), ("prompt", 5), ("prompt", [SECRET]), ("prompt", f"{SECRET}\0"),
         ("prompt", SECRET * 70), ("max_length", True), ("max_length", "30"), ("max_length", 30.0),
-        ("max_length", None), ("max_new_tokens", 0), ("max_new_tokens", 201),
+        ("max_new_tokens", 0), ("max_new_tokens", 201),
         ("temperature", -0.1), ("temperature", 2.1), ("temperature", "1"), ("temperature", True),
-        ("top_p", 0), ("top_p", 1.1), ("top_k", -1), ("top_k", 8193), ("top_k", 1.0),
-        ("seed", -1), ("seed", 2**63), ("seed", "1"), ("stop", ["a"] * 5), ("stop", [""]),
+        ("top_p", -0.1), ("top_p", 1.1), ("top_k", -2), ("top_k", 8193), ("top_k", 1.0),
+        ("seed", -(2**63) - 1), ("seed", 2**64), ("seed", "1"), ("stop", ["a"] * 5), ("stop", [""]),
         ("stop", [1]), ("stop", {"a": 1}), ("model", 1), ("stream", 1), ("stream", "true"),
         ("unknown", SECRET),
     ],
@@ -40,6 +40,31 @@ def test_invalid_field_is_named_and_never_repeated(field: str, value: Any) -> No
     locations = refused_fields(response)
     assert all(location[:2] == ["body", field] for location in locations)
     assert SECRET not in response.text
+
+
+@pytest.mark.contract
+def test_null_counts_as_left_out() -> None:
+    """A client that sends every field of its form was refused for those that were empty."""
+    names = ["max_length", "max_new_tokens", "temperature", "top_p", "top_k", "stop", "model",
+             "stream"]  # fmt: skip
+    body = {"prompt": "A", "seed": 3}
+    answers = [client.post("/generate", json=each) for each in (body, body | dict.fromkeys(names))]
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert answers[0].json() == answers[1].json()
+    assert refused_fields(client.post("/generate", json={"prompt": None})) == [["body", "prompt"]]
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize(
+    "fields",
+    [{"seed": seed} for seed in (-(2**63), -2, -1, 2**63, 2**64 - 1)]
+    + [{"top_k": -1}, {"top_p": 0}, {"model": ""}, {"stop": "<|endoftext|>"}],
+)
+def test_ranges_of_other_servers_are_taken(fields: dict[str, Any]) -> None:
+    body = {"prompt": "A", "max_new_tokens": 2, **fields}
+    assert client.post("/generate", json=body).status_code == 200
+    answer = client.get("/generate/text", params=body)
+    assert (answer.status_code, bool(answer.text)) == (200, True)
 
 
 @pytest.mark.contract

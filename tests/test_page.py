@@ -273,10 +273,10 @@ def test_value_out_of_range_is_named_and_nothing_is_sent(visit: Visit) -> None:
     page = visit(link())
     for name, value, words in (
         ("temperature", "2.5", "Temperature takes a number from 0 up to 2."),
-        ("top_p", "0", "Top-p takes a number above 0 up to 1."),
+        ("top_p", "-0.1", "Top-p takes a number from 0 up to 1."),
         ("n", "1.5", "Sequences takes a whole number from 1 up to 8."),
         ("max_tokens", "", "Length takes a whole number from 1 up to 200."),
-        ("stop_strings", "a\nb\nc\nd\ne", "At most 4 strings to stop before."),
+        ("stop_strings", "a\n" * 17, "At most 16 strings to stop before."),
         ("prompt", "", "Write how the text begins."),
     ):
         field = page.locator(f"#{name}")

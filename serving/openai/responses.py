@@ -135,6 +135,7 @@ class CompletionBuilder(ResponseBuilder[models.CompletionRequest]):
             "text": delta.text,
             "logprobs": (delta.logprobs or NO_COMPLETION_LOGPROBS) if wants_logprobs else None,
             "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
         }
 
     def chunk_choices(self, delta: TextDelta, is_first: bool) -> list[dict[str, Any]]:
@@ -170,10 +171,13 @@ class ChatBuilder(ResponseBuilder[models.ChatCompletionRequest]):
             return [added]
         role = {"role": "assistant", "content": ""}
         start = {"index": delta.index, "delta": role, "logprobs": None, "finish_reason": None}
-        return [start, added]
+        return [start | {"stop_reason": None}, added]
 
     def _besides_text(self, delta: TextDelta) -> dict[str, Any]:
         logprobs = (delta.logprobs or NO_CHAT_LOGPROBS) if self.body.logprobs else None
         return {
-            "index": delta.index, "logprobs": logprobs, "finish_reason": delta.finish_reason
-        }  # fmt: skip
+            "index": delta.index,
+            "logprobs": logprobs,
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
+        }

@@ -33,8 +33,6 @@ async def create_completion(
         raise InvalidField("best_of", "must not be below n")
     if body.num_drawn > body.n and body.stream:
         raise InvalidField("best_of", "must be n in a stream")
-    if body.max_tokens == 0 and not body.echo:
-        raise InvalidField("max_tokens", "0 needs echo")
     backend = service.backend(body.model)
     generation = await admit(http, backend.submit_completion(body, client=client))
     return await CompletionBuilder(body, generation, service.settings).respond(http)
@@ -72,6 +70,7 @@ def describe_model(backend: Backend) -> dict[str, Any]:
     }
 
 
+@openai_routes.head("/v1/models", include_in_schema=False)
 @openai_routes.get("/v1/models", response_model=models.ModelList)
 async def list_models(service: CurrentService) -> Any:
     """The served models, the default one first."""
@@ -79,6 +78,7 @@ async def list_models(service: CurrentService) -> Any:
     return {"object": "list", "data": [describe_model(backend) for backend in backends]}
 
 
+@openai_routes.head("/v1/models/{model_id:path}", include_in_schema=False)
 @openai_routes.get(
     "/v1/models/{model_id:path}",
     response_model=models.Model,

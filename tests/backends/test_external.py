@@ -203,6 +203,8 @@ def test_generate_text_gives_the_text(client: httpx.Client, upstream: Upstream) 
         {"echo": True, "logprobs": 1, "stop": "\n"},
         {"echo": True, "logprobs": 1, "max_tokens": 0},
         {"max_tokens": 20, "temperature": 0, "frequency_penalty": 1, "logit_bias": {"11": -100}},
+        {"max_tokens": -1, "stop": ["e"], "include_stop_str_in_output": True},
+        {"stop_token_ids": [11], "logit_bias": {"11": 100}, "seed": 2**64 - 1},
     ],
 )
 def test_completion_is_upstreams(client: httpx.Client, upstream: Upstream, body: Any) -> None:

@@ -2,9 +2,11 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 import main
 import models
@@ -16,8 +18,9 @@ from backends.base import (
     Generation,
     InvalidField,
 )
+from backends.local import LocalBackend
 from engine import QueueFullError
-from tests.support import PROMPT, ids, run
+from tests.support import FOLDER, PROMPT, ids, run
 
 BACKEND = main.registry.default
 ENGINE = main.engine
@@ -42,6 +45,11 @@ async def submit_short(client: Client) -> Generation:
     return await BACKEND.submit_completion(completion(n=2), client=client)
 
 
+async def submit_without_a_limit(client: Client) -> Generation:
+    body = completion(prompt=[[1] * 500, [1] * 510], n=2, max_tokens=-1, ignore_eos=True)
+    return await BACKEND.submit_completion(body, client=client)
+
+
 async def submit_many(client: Client) -> Generation:
     return await BACKEND.submit_completion(completion(prompt=[PROMPT] * 20, n=2), client=client)
 
@@ -51,6 +59,7 @@ async def submit_many(client: Client) -> Generation:
     [
         (submit_text, (NUM_PROMPT_TOKENS, 3 * 7)),
         (submit_short, (NUM_PROMPT_TOKENS, 2 * 5)),
+        (submit_without_a_limit, (1010, 2 * (12 + 2))),
         (submit_many, (20 * NUM_PROMPT_TOKENS, 20 * 2 * 5)),
     ],
 )
@@ -111,6 +120,59 @@ def test_request_has_its_place_before_it_is_read(monkeypatch: pytest.MonkeyPatch
         await asyncio.wait({first})
 
     assert run(ask()) == [None]
+    assert is_idle()
+
+
+def backend_with(other: Any) -> LocalBackend:
+    """The bundled model behind another tokenizer."""
+    return LocalBackend(
+        "other",
+        SimpleNamespace(tokenizer=other, model=None),
+        ENGINE,
+        content_filter=BACKEND.content_filter,
+        request_timeout_seconds=60,
+        reader=BACKEND.reader,
+    )
+
+
+def own_tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(FOLDER)
+
+
+def test_prompt_is_neither_truncated_nor_padded() -> None:
+    """As tokenizer.json said: 17 tokens were read as their first 8, 2 became 8."""
+    other = own_tokenizer()
+    other.backend_tokenizer.enable_truncation(8)
+    other.backend_tokenizer.enable_padding(length=8)
+    backend = backend_with(other)
+
+    async def num_tokens(prompt: str) -> int:
+        generation = await backend.submit_completion(completion(prompt=prompt), client=Client("a"))
+        generation.abort()
+        return generation.num_prompt_tokens
+
+    for prompt in (PROMPT, PROMPT * 5):
+        assert run(num_tokens(prompt)) == [len(ids(prompt))]
+
+
+def test_prompt_with_a_token_beyond_the_model_is_refused() -> None:
+    """It ended all sequences: the model has no row for it."""
+    other = own_tokenizer()
+    other.add_special_tokens({"additional_special_tokens": ["<new>"]})
+    other.chat_template = "{{ messages[0].content }}"
+    backend, prompt = backend_with(other), PROMPT + "<new>"
+    chat = models.ChatCompletionRequest.model_validate(
+        {"messages": [{"role": "user", "content": prompt}]}
+    )
+    params = models.TextRequest(prompt=prompt)
+    errors = run(
+        backend.submit_completion(completion(prompt=prompt), client=Client("a")),
+        backend.submit_chat(chat, client=Client("a")),
+        backend.submit_text(prompt, params, client=Client("a")),
+    )
+    assert [type(error) for error in errors] == [InvalidField] * 3
+    assert [error.field for error in errors] == ["prompt", "messages", "prompt"]
+    assert "not among the model's 8192" in errors[0].reason
     assert is_idle()
 
 

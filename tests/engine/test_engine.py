@@ -24,6 +24,7 @@ from engine import (
     instruction_set,
 )
 from engine.kernels import INT8_IS_FASTEST
+from engine.request import Sequence
 from serving.content_filter import ContentFilter
 from serving.reading import Reading
 from tests.support import (
@@ -519,8 +520,8 @@ class FailingFilter(ContentFilter):
 
 
 @pytest.mark.parametrize("streams", [False, True])
-def test_failed_step_hangs_nobody_who_finished_in_it(small_engine: Engine, streams: bool) -> None:
-    """One sequence has its last token when the step fails at the next sequence."""
+def test_failed_text_ends_its_own_sequence_alone(small_engine: Engine, streams: bool) -> None:
+    """It ended all sequences of the step; one of them has its last token in it."""
     small_engine.output.text_filter = FailingFilter("")
     lasts = saying(token("a"), token("b"), token("c"))
     fails = saying(token("a"), token("b"), token("x"))
@@ -540,7 +541,49 @@ def test_failed_step_hangs_nobody_who_finished_in_it(small_engine: Engine, strea
 
     ((finished, failed),) = run(together())
     assert isinstance(failed, InferenceError)
-    assert isinstance(finished, InferenceError) or finished[0].text == "abc"
+    assert isinstance(failed.__cause__, RuntimeError)
+    assert finished[0].text == "abc"
+    run(until(lambda: is_idle(small_engine)))
+    assert small_engine.num_failed_steps == 0
+
+
+def test_logits_of_nan_end_their_own_sequence_alone(
+    small_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They ended all sequences of the step, or, greedy, gave any token."""
+    forward = small_engine.runner.forward
+
+    def broken(running: list[Sequence], num_admitted: int) -> torch.Tensor:
+        logits = forward(running, num_admitted)
+        for row, seq in enumerate(running):
+            if seq.params.seed == 13 and len(seq.output_token_ids) == 3:
+                logits[row, 5] = torch.nan
+        return logits
+
+    good = {"seed": 1, "max_new_tokens": 30, "ignore_eos": True}
+    alone = one(small_engine, PROMPT, **good)
+    monkeypatch.setattr(small_engine.runner, "forward", broken)
+    for params in ({}, {"temperature": 0}, {"n": 2}, {"top_k": 5, "streams": True}):
+        bad, (other,) = run(
+            answer(small_engine, "The", **{**good, "seed": 13}, **params),
+            answer(small_engine, PROMPT, **good),
+        )
+        assert isinstance(bad, InferenceError)
+        assert "NaN" in str(bad)
+        assert other == alone
+    run(until(lambda: is_idle(small_engine)))
+
+
+def test_end_of_text_beyond_the_vocabulary_is_left_out() -> None:
+    """With `min_tokens` it ended all sequences; -1 banned the last token."""
+    model = tiny_llama()
+    model.generation_config.eos_token_id = [0, 8192, -1]
+    made = Engine(model, tokenizer, num_threads=1)
+    try:
+        assert made.eos_token_ids == {0}
+        assert len(one(made, PROMPT, min_tokens=3, max_new_tokens=3).token_ids) == 3
+    finally:
+        made.stop()
 
 
 def test_repeated_failure_is_unhealthy_until_the_model_answers(

@@ -6,15 +6,25 @@ rolled back at its place is passed over, as the sampler does.
 
 import random
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import CTRLTokenizer
 
 from engine import Delta, PositionLogprobs, SamplingParams
 from engine.output import CONTEXT_TOKENS, MAX_ROLLBACKS, OutputProcessor
 from engine.request import Sequence
 from serving.content_filter import ContentFilter
-from tests.support import PROMPT, byte_tokens, ids, sequences, token, tokenizer
+from tests.support import (
+    PROMPT,
+    byte_fallback_tokenizer,
+    byte_tokens,
+    ids,
+    sequences,
+    token,
+    tokenizer,
+)
 
 END_OF_TEXT = 0
 ONE_TWO_THREE = [token(" one"), token(" two"), token(" three")]
@@ -137,6 +147,88 @@ def test_prompt_is_not_repeated(ending: str) -> None:
     """The decoder gave its whole context out with the first token."""
     seq = sequence(prompt="Once upon " * CONTEXT_TOKENS + ending)
     assert "".join(texts(feed(processor(), seq, ONE_TWO_THREE))) == " one two three"
+
+
+# --- Byte fallback --------------------------------------------------------------------------------
+
+BYTE_FALLBACK = byte_fallback_tokenizer()
+
+
+def fallback_ids(*pieces: str | bytes) -> list[int]:
+    """Of words as the vocabulary has them, and of single bytes."""
+    names = [
+        name
+        for piece in pieces
+        for name in ([piece] if isinstance(piece, str) else [f"<0x{byte:02X}>" for byte in piece])
+    ]
+    token_ids: list[int] = BYTE_FALLBACK.convert_tokens_to_ids(names)
+    return token_ids
+
+
+def fallback_text(prompt: list[int], output: list[int], words: str = "") -> str:
+    text_filter = ContentFilter(words) if words else None
+    made = OutputProcessor(BYTE_FALLBACK, text_filter, {2})
+    _, reading = made.read_prompt(prompt)
+    params = SamplingParams(max_new_tokens=len(output))
+    (seq,) = sequences(params, prompt=prompt, streams=True, reading=reading)
+    return "".join(texts(feed(made, seq, output)))
+
+
+FOX = "🦊".encode()
+
+
+@pytest.mark.parametrize(
+    ("output", "text"),
+    [
+        ((FOX, FOX[:1], "▁the"), "🦊\ufffd the"),
+        ((FOX, b"\x80", FOX, "▁the", "▁one"), "🦊" + "\ufffd" * 5 + " the one"),
+        (("▁one", FOX, b"\x80\x80", "a", FOX, "▁two"), " one🦊\ufffd\ufffda🦊 two"),
+        ((FOX, "</s>", FOX[:2], "</s>", "a"), "🦊"),
+        ((FOX[:2], "▁the"), "\ufffd\ufffd the"),
+        ((FOX * 20, "▁the", "▁one"), "🦊" * 20 + " the one"),
+    ],
+)
+def test_byte_fallback_broken_character_behind_a_whole_one(
+    output: tuple[str | bytes, ...], text: str
+) -> None:
+    """The decoder took the whole one back, and raised `Invalid prefix`: all sequences ended."""
+    assert fallback_text(fallback_ids("<s>", "▁one"), fallback_ids(*output)) == text
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        ("▁one", FOX * 10),
+        ("▁one", b"\x80", FOX * 9),
+        ("▁one", FOX * 9, FOX[:1]),
+        ("▁one", FOX * 9, b"\xe6\xbc", FOX[:3]),
+        ("▁one", b"\x80" * CONTEXT_TOKENS),
+        (FOX, "</s>"),
+    ],
+)
+def test_byte_fallback_space_behind_a_long_emoji(prompt: tuple[str | bytes, ...]) -> None:
+    """The decoder began within a character, knew of no text before, and took the space away."""
+    output = fallback_ids("▁two", "▁three")
+    assert fallback_text(fallback_ids("<s>", *prompt), output) == " two three"
+
+
+def test_byte_fallback_text_begins_without_a_space() -> None:
+    assert fallback_text(fallback_ids("<s>"), fallback_ids("▁two", "▁three")) == "two three"
+
+
+def test_byte_fallback_roll_back_goes_on_within_a_character() -> None:
+    """The decoder that begins anew has the first bytes of the fox to read again."""
+    output = fallback_ids("▁one", FOX, FOX[:2], *"hate", FOX[2:], "▁two")
+    assert fallback_text(fallback_ids("<s>"), output, "hate*") == "one🦊🦊 two"
+
+
+def test_tokenizer_without_a_fast_backend_is_refused(tmp_path: Path) -> None:
+    """Its first request failed for want of an attribute."""
+    (tmp_path / "vocab.json").write_text('{"<unk>": 0}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    slow = CTRLTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    with pytest.raises(ValueError, match="CTRLTokenizer has no fast backend"):
+        OutputProcessor(slow, None, set())
 
 
 # --- How a text ends ------------------------------------------------------------------------------
@@ -324,6 +416,17 @@ def test_stop_string_may_cut_what_the_filter_let_pass() -> None:
     assert "".join(texts(got)) == "a"
     assert got[-1]
     assert got[-1].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(("words", "num_given"), [("", 7), ("ate", 7), ("hates", 2), ("hate*", 2)])
+def test_stop_string_tokens_are_given_but_no_forbidden_word(words: str, num_given: int) -> None:
+    """The text ends before both; which tokens they had, a client may see of the first alone."""
+    seq = sequence(words, prompt="I", stop=("hates",))
+    output = [token(" one"), *map(token, " hates")]
+    (*_, last) = feed(processor(words), seq, output)
+    assert last
+    assert (seq.text, last.finish_reason) == (" one ", "stop")
+    assert seq.num_released_tokens == num_given
 
 
 def test_filter_off_lets_everything_pass() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine import SamplingParams
+from engine import InferenceError, SamplingParams
 from engine.request import Sequence
 from engine.sampler import _keep_likeliest, collect_logprobs, edit_logits, sample, sample_tokens
 from tests.support import sequences
@@ -58,6 +58,24 @@ def test_sample_tokens_adds_log_probabilities_of_before_the_edits() -> None:
     assert other.logprobs == []
 
 
+def test_sample_tokens_gives_an_error_in_place_of_one_token() -> None:
+    """One sequence's edits failed, and all sequences ended."""
+    fails = SamplingParams(temperature=0, logit_bias={9: 1.0}, num_logprobs=1)
+    seqs = [*sequences(fails), *sequences(SamplingParams(temperature=0, num_logprobs=1))]
+    failure, token_id = sample_tokens(torch.tensor([[1.0, 3.0, 2.0]] * 2), seqs, {0})
+    assert isinstance(failure, InferenceError)
+    assert isinstance(failure.__cause__, IndexError)
+    assert (token_id, seqs[0].logprobs) == (1, [])
+    assert [each.token_id for each in seqs[1].logprobs] == [1]
+
+
+def test_sample_tokens_tells_where_in_the_text_a_token_begins() -> None:
+    (seq,) = sequences(SamplingParams(temperature=0, num_logprobs=0))
+    seq.text = "Once"
+    sample_tokens(torch.eye(1, 3), [seq], {0})
+    assert seq.logprobs[0].text_offset == 4
+
+
 def test_edit_logits_bans_what_was_rolled_back_there_and_nowhere_else() -> None:
     (seq,) = sequences(output=(3,))
     seq.banned = {0: [0], 1: [1, 2], 2: [3]}
@@ -70,6 +88,13 @@ def test_edit_logits_repetition_penalty() -> None:
     (seq,) = sequences(params, prompt=[0, 1, 1], output=(2, 2))
     got = edited(torch.tensor([4.0, -4.0, 3.0, 5.0]), seq)
     assert got.tolist() == [2.0, -8.0, 1.5, 5.0]
+
+
+def test_edit_logits_repetition_penalty_of_the_last_tokens() -> None:
+    params = SamplingParams(repetition_penalty=2.0, repetition_penalty_range=3)
+    (seq,) = sequences(params, prompt=[0, 1, 1], output=(2, 2))
+    got = edited(torch.tensor([4.0, -4.0, 3.0, 5.0]), seq)
+    assert got.tolist() == [4.0, -8.0, 1.5, 5.0]
 
 
 def test_edit_logits_presence_and_frequency_penalty() -> None:
@@ -91,6 +116,12 @@ def test_edit_logits_min_tokens_blocks_end_of_text(num_output: int, is_blocked: 
     got = edited(torch.ones(5), seq, eos=(0, 4))
     assert [value == -float("inf") for value in got[[0, 4]]] == [is_blocked] * 2
     assert got[1:4].tolist() == [1, 1, 1]
+
+
+def test_edit_logits_min_tokens_bans_nothing_where_end_of_text_is_ignored() -> None:
+    """End-of-text, which would end nothing, could not be said before min_tokens."""
+    params = SamplingParams(min_tokens=3, ignore_eos=True)
+    assert edited(torch.ones(5), sequences(params)[0], eos=(0, 4)).tolist() == [1] * 5
 
 
 def test_edit_logits_min_tokens_without_end_of_text() -> None:
@@ -147,6 +178,30 @@ def test_sample_large_logits_do_not_overflow() -> None:
     logits = torch.full((1, 100), -1e30)
     logits[0, 7] = 1e30
     assert sample(logits, sequences(SamplingParams(temperature=0.01))) == [7]
+
+
+@pytest.mark.parametrize("bad", ["nan", "-inf", "inf"])
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0),
+        SamplingParams(top_k=40, top_p=0.9),
+        SamplingParams(top_p=0.9),
+        SamplingParams(),
+        SamplingParams(top_k=2000, top_p=0.9, min_p=0.1),
+    ],
+)
+def test_sample_none_from_a_row_without_numbers(params: SamplingParams, bad: str) -> None:
+    """Greedy text was made of NaN; where one was to be drawn, all sequences ended."""
+    logits = random_logits(3, 5000)
+    seqs = [sequences(params, seed=seed)[0] for seed in range(3)]
+    expected = sample(logits.clone(), seqs)
+    if bad == "-inf":
+        logits[1] = -float("inf")
+    else:
+        logits[1, 7] = float(bad)
+    seqs = [sequences(params, seed=seed)[0] for seed in range(3)]
+    assert sample(logits, seqs) == [expected[0], None, expected[2]]
 
 
 FLAT = torch.linspace(0, 0.5, 5000)  # the nucleus of 0.9 has some 4,400 tokens

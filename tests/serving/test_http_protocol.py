@@ -3,10 +3,13 @@ times, and one that may open few files."""
 
 import json
 import re
+import shutil
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -154,6 +157,111 @@ def test_one_host_is_needed(service: Served, path: bytes, hosts: bytes) -> None:
 
 def test_http_1_0_needs_no_host(service: Served) -> None:
     assert exchange(service, b"GET /health HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("version", [b"0.9", b"1.0"])
+def test_http_1_0_gets_no_chunks(service: Served, version: bytes) -> None:
+    """A text came in chunks, which HTTP/1.0 does not know: their lengths stood in the text."""
+    query = b"/generate/text?prompt=Once&max_new_tokens=8&seed=1 HTTP/"
+    head, _, body = exchange(service, b"GET " + query + version + b"\r\n\r\n").partition(
+        b"\r\n\r\n"
+    )
+    assert head.startswith(b"HTTP/1.1 200")
+    assert b"transfer-encoding" not in head.lower()
+    assert b"connection: close" in head.lower()
+    whole = httpx.get(f"{service.address}/generate/text?prompt=Once&max_new_tokens=8&seed=1")
+    assert body == whole.content
+    sized = exchange(service, as_request(SHORT).replace(b"HTTP/1.1", b"HTTP/" + version))
+    head, _, body = sized.partition(b"\r\n\r\n")
+    assert b"content-length: %d" % len(body) in head.lower()
+    assert json.loads(body)["generated_text"].startswith(PROMPT)
+
+
+# --- Offers of another protocol -----------------------------------------------------------------
+
+OFFERS = {
+    "h2c": b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAA\r\n",
+    "websocket": b"Connection: keep-alive, Upgrade\r\nUpgrade: websocket\r\n",
+}
+
+
+@pytest.mark.parametrize("offer", OFFERS.values(), ids=OFFERS)
+def test_upgrade_that_is_offered_is_ignored(service: Served, offer: bytes) -> None:
+    """The request lost its body: 422 `Field required`; and those after it were lost."""
+    request = as_request(SHORT, more=offer)
+    body = json.dumps(SHORT).encode()
+    chunks = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    chunked = POST + offer + b"Transfer-Encoding: chunked\r\n\r\n" + chunks
+    last = GET + offer + b"X-Request-ID: last\r\nConnection: close\r\n\r\n"
+    sent = request + chunked + GET + offer + b"\r\n" + last
+    for pieces in ([sent], [sent[i : i + 100] for i in range(0, len(sent), 100)]):
+        answer = exchange(service, *pieces)
+        assert answer.count(b"HTTP/1.1 200") == 4
+        assert answer.count(b'"generated_text":"Once upon a time') == 2
+        assert b"x-request-id: last" in answer
+
+
+def test_upgrade_that_is_offered_lifts_no_limit(service: Served) -> None:
+    start = CHUNKED.replace(b"\r\n\r\n", b"\r\n" + OFFERS["h2c"] + b"a: " + KILOBYTE * 40)
+    long = exchange(service, start + b"\r\nConnection: close\r\n\r\n0\r\n\r\n")
+    assert long.startswith(b"HTTP/1.1 422")
+    trailers = b"\r\n\r\n0\r\n" + b"a: b\r\n" * 5000
+    assert refusal(exchange(service, start, trailers)) == (431, TOO_LONG)
+    both = b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+    assert refusal(exchange(service, POST + OFFERS["h2c"] + both))[0] == 400
+
+
+@pytest.mark.parametrize("target", [b"localhost:80", b"/health"])
+def test_connect_is_refused_with_all_that_follows(service: Served, target: bytes) -> None:
+    connect = b"CONNECT " + target + b" HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    answer = exchange(service, connect + GET + b"\r\n")
+    assert answer.count(b"HTTP/1.1") == 1
+    assert refusal(answer) == (400, {"detail": "Invalid HTTP request received."})
+
+
+def test_curl_that_offers_http_2_posts(service: Served) -> None:
+    curl = shutil.which("curl")
+    if (
+        not curl
+        or "HTTP2" not in subprocess.run([curl, "-V"], capture_output=True, text=True).stdout
+    ):
+        pytest.skip("no curl with HTTP/2")
+    json_type = "Content-Type: application/json"
+    command = [curl, "-s", "--http2", "-H", json_type, "-d", json.dumps(SHORT)]
+    ran = subprocess.run([*command, f"{service.address}/generate"], capture_output=True, timeout=60)
+    assert json.loads(ran.stdout)["generated_text"].startswith(PROMPT)
+
+
+JAVA_CLIENT = """
+import java.net.URI;
+import java.net.http.*;
+
+class Client {
+    public static void main(String[] args) throws Exception {
+        var client = HttpClient.newHttpClient();  // as it comes: offers HTTP/2
+        var body = HttpRequest.BodyPublishers.ofString(args[1]);
+        var request = HttpRequest.newBuilder(URI.create(args[0]))
+            .header("Content-Type", "application/json").POST(body).build();
+        for (int i = 0; i < 2; i++) {
+            var answer = client.send(request, HttpResponse.BodyHandlers.ofString());
+            System.out.println(answer.statusCode() + " " + answer.body());
+        }
+    }
+}
+"""
+
+
+def test_java_posts_with_its_own_client(service: Served, tmp_path: Path) -> None:
+    """JDK's HttpClient with its defaults could not post at all."""
+    if not shutil.which("java") or not shutil.which("javac"):
+        pytest.skip("no JDK")
+    file = tmp_path / "Client.java"
+    file.write_text(JAVA_CLIENT)
+    command = ["java", str(file), f"{service.address}/generate", json.dumps(SHORT)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    assert [line[:3] for line in ran.stdout.splitlines()] == ["200", "200"]
+    assert json.loads(ran.stdout.splitlines()[1][4:])["generated_text"].startswith(PROMPT)
 
 
 # --- Slow clients -------------------------------------------------------------------------------

@@ -115,8 +115,10 @@ def keyed(app: Any) -> TestClient:
     return keyed_client(app)
 
 
-def test_keys_every_route_needs_one_but_three(app: Any, keyed: TestClient) -> None:
+def test_keys_every_route_needs_one_but_page_probes_and_docs(app: Any, keyed: TestClient) -> None:
     """Walks the app's own routes, so that a new one is never open by accident."""
+    probes = {"/health", "/healthz", "/livez", "/ping", "/ready", "/readyz"}
+    docs = {"/docs", "/redoc", "/openapi.json"}
     opened = set()
     for route in iter_route_contexts(app.routes):
         if not isinstance(route.original_route, APIRoute | Route):
@@ -130,8 +132,8 @@ def test_keys_every_route_needs_one_but_three(app: Any, keyed: TestClient) -> No
             else:
                 assert answer.headers["www-authenticate"] == "Bearer"
                 assert "key is needed" in answer.text or method == "HEAD"
-    assert opened == {"/", "/health", "/ready"}
-    assert keyed.get("/static-offline-docs/swagger-ui.css").status_code == 401
+    assert opened == {"/"} | probes | docs
+    assert keyed.get("/static-offline-docs/swagger-ui.css").status_code == 200
     assert keyed.get("/static/page.js").status_code == 200  # the page's own, which asks for a key
     assert keyed.get("/static").status_code == 401
 
@@ -164,6 +166,25 @@ def test_keys_metrics_have_a_switch_of_their_own(app: Any) -> None:
     for needs_key, status in ((True, 401), (False, 200)):
         keyed = keyed_client(app, metrics_need_key=needs_key)
         assert keyed.get("/metrics").status_code == status
+
+
+def test_keys_docs_have_a_switch_of_their_own(app: Any) -> None:
+    for needs_key, status in ((True, 401), (False, 200)):
+        keyed = TestClient(ApiKeyMiddleware(app, read_keys(api_keys="a"), True, needs_key))
+        for path in ("/docs", "/redoc", "/openapi.json", "/static-offline-docs/swagger-ui.css"):
+            assert keyed.get(path).status_code == status
+
+
+def test_keys_are_asked_for_under_a_prefix_too(app: Any) -> None:
+    """Behind a proxy with `--root-path`, probes and the page needed a key."""
+    keyed = TestClient(ApiKeyMiddleware(app, read_keys(api_keys="one"), True), root_path="/svc")
+    for path in ("/", "/health", "/ready", "/livez", "/static/page.js", "/docs"):
+        assert keyed.get(f"/svc{path}").status_code == 200
+    assert keyed.get("/svc/metrics").status_code == 401
+    refused = keyed.get("/svc/v1/models")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+    allowed = keyed.get("/svc/v1/models", headers={"Authorization": "Bearer one"})
+    assert allowed.status_code == 200
 
 
 def test_keys_from_a_file(tmp_path: Path) -> None:
@@ -353,8 +374,14 @@ def test_cors_preflight_needs_no_key() -> None:
         served(API_KEYS="one", CORS_ORIGINS="https://example.com") as service,
         service.client(**asked) as browser,
     ):
+        # What OpenAI's client in a browser sends, and Chrome for a private address.
+        named = "authorization,content-type,openai-beta,traceparent,x-stainless-retry-count"
+        browser.headers["Access-Control-Request-Headers"] = named
+        browser.headers["Access-Control-Request-Private-Network"] = "true"
         allowed = browser.options("/generate")
         assert allowed.status_code == 200
         assert allowed.headers["access-control-allow-origin"] == "https://example.com"
+        assert allowed.headers["access-control-allow-headers"] == named
+        assert allowed.headers["access-control-allow-private-network"] == "true"
         browser.headers["Origin"] = "https://elsewhere.example"
         assert browser.options("/generate").status_code == 400

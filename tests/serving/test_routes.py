@@ -3,8 +3,10 @@ text."""
 
 import re
 from typing import Any
+from urllib.parse import quote
 
 import pytest
+from fastapi.routing import iter_route_contexts
 
 from tests.support import NAME, ROOT, new_client, refused_fields
 
@@ -119,6 +121,100 @@ def test_docs_bring_their_own_assets(path: str) -> None:
     assert all(client.get(asset).status_code == 200 for asset in assets)
 
 
+@pytest.mark.contract
+@pytest.mark.parametrize("path", ["/healthz", "/livez", "/ping", "/readyz"])
+def test_probes_have_the_names_of_the_field(path: str) -> None:
+    """They were prompts: always 200, and a generation each."""
+    response = client.get(path)
+    expected = client.get("/ready" if path == "/readyz" else "/health").json()
+    assert (response.status_code, response.json()) == (200, expected)
+
+
+def test_get_routes_have_head_which_generates_nothing(
+    backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HEAD was a 405 on all but the page and the probes."""
+    import main
+
+    monkeypatch.setattr(backend, "submit_text", lambda *_, **__: pytest.fail("reached the model"))
+    paths = {r.path for r in iter_route_contexts(main.app.routes) if "GET" in (r.methods or ())}
+    assert len(paths) > 12
+    for path in paths:
+        asked = path.replace("{prompt}", "Once").replace("{model_id:path}", NAME)
+        response = client.head(asked, params={"prompt": "Once"} if "/text" in path else {})
+        assert (response.status_code, response.content) == (200, b""), path
+        if path not in ("/generate/text", "/{prompt}"):
+            wanted = client.get(asked).headers["content-length"]
+            assert path == "/metrics" or response.headers["content-length"] == wanted
+    assert client.head("/generate/text").status_code == 422
+    assert client.head("/models").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("path", "allow"),
+    [
+        ("/generate", "POST"),
+        ("/generate/text", "GET, HEAD, POST"),
+        ("/v1/completions", "POST"),
+        ("/v1/models", "GET, HEAD"),
+        ("/static/page.js", "GET, HEAD"),
+    ],
+)
+@pytest.mark.parametrize("root_path", ["", "/svc"])
+def test_options_tell_what_is_allowed(path: str, allow: str, root_path: str) -> None:
+    response = new_client(root_path=root_path).options(root_path + path)
+    assert (response.status_code, response.content) == (204, b"")
+    assert response.headers["allow"] == allow
+
+
+def test_routes_work_behind_a_proxy_that_strips_a_prefix() -> None:
+    """Errors of `/v1` had the native shape there, and 405 the methods of another route."""
+    behind = new_client(root_path="/svc")
+    assert behind.get("/svc/v1/models").status_code == 200
+    wrong = behind.post("/svc/v1/completions", json={"model": NAME, "prompt": 1.5})
+    assert (wrong.status_code, set(wrong.json())) == (400, {"error"})
+    assert behind.get("/svc/health").json() == {"health": "ok"}
+    assert "/v1/models" in behind.get("/svc/models").json()["detail"]
+    texts = behind.get("/svc/One%2Fday?max_new_tokens=1").json()["generated_sequences"]
+    assert texts[0].startswith("One/day")
+    assert '<base href="/svc/">' in behind.get("/svc/", headers={"Accept": "text/html"}).text
+    assert behind.get("/svc/openapi.json").json()["servers"] == [{"url": "/svc"}]
+
+
+# --- Bodies -------------------------------------------------------------------------------------
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize(
+    "path",
+    ["/generate", "/generate-text/", "/generate/text", "/v1/completions", "/v1/chat/completions"],
+)
+def test_body_of_another_type_is_415_and_told_what_to_send(path: str) -> None:
+    """Said that a valid dictionary is needed, as did a compressed one that it is not valid JSON."""
+    content = b'{"prompt": "Once", "max_tokens": 1}'
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    zipped = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    for headers, words in (
+        ({}, "Content-Type: application/json"),
+        (form, "Content-Type: application/json"),
+        (zipped, "without Content-Encoding"),
+    ):
+        response = client.post(path, content=content, headers=headers)
+        assert response.status_code == 415
+        body = response.json()
+        told = body["error"]["message"] if "/v1" in path else body["detail"]
+        assert words in told
+    assert response.headers["accept-encoding"] == "identity"
+
+
+@pytest.mark.parametrize("sent", ["application/json; charset=utf-8", "application/vnd.a+json"])
+def test_body_of_json_is_taken_by_whatever_name(sent: str) -> None:
+    headers = {"Content-Type": sent, "Content-Encoding": "identity"}
+    content = b'{"prompt": "Once", "max_new_tokens": 1}'
+    assert client.post("/generate", content=content, headers=headers).status_code == 200
+    assert refused_fields(client.post("/generate")) == [["body"]]
+
+
 # --- POST /generate-text/ -----------------------------------------------------------------------
 
 
@@ -199,7 +295,7 @@ def test_path_prompt_is_decoded_once(prompt: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/favicon.ico", "/robots.txt", "/sitemap.xml", "/apple-touch-icon.png", "/.env"]
+    "path", ["/favicon.ico?v=1", "/robots.txt", "/apple-touch-icon-120x120.png", "/.env", "/.git"]
 )
 def test_path_of_a_file_never_reaches_the_model(
     path: str, backend: Any, monkeypatch: pytest.MonkeyPatch
@@ -207,6 +303,42 @@ def test_path_of_a_file_never_reaches_the_model(
     monkeypatch.setattr(backend, "submit_text", lambda *_, **__: pytest.fail("reached the model"))
     response = client.get(path)
     assert (response.status_code, response.json()) == (404, {"detail": "Not Found"})
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize(
+    ("method", "path", "words"),
+    [
+        ("GET", "/models?limit=1", "/v1/models"),
+        ("GET", "/v1", "/v1/models"),
+        ("GET", "/api/tags", "/v1/models"),
+        ("GET", "/version", "/openapi.json"),
+        ("GET", "/info", "/openapi.json"),
+        ("GET", "/props", "/v1/models"),
+        ("GET", "/tokenizer_info", "no such API"),
+        ("GET", "/health/", "/health"),
+        ("GET", "/health/ready", "/ready"),
+        ("POST", "/completions", "/v1/completions"),
+        ("POST", "/chat/completions", "/v1/chat/completions"),
+        ("POST", "/v1/v1/completions", "POST /v1/completions"),
+    ],
+)
+def test_path_of_a_probe_or_an_api_is_404_that_names_the_right_one(
+    method: str, path: str, words: str
+) -> None:
+    """`GET /models` was answered with generated text: a client found no models."""
+    response = client.request(method, path, json={} if method == "POST" else None)
+    assert response.status_code == 404
+    assert words in response.text
+    assert ("error" if path.startswith("/v1") else "detail") in response.json()
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("prompt", ["I love node.js", "and then...", "...and then", "Health", "…"])
+def test_path_that_only_looks_like_a_file_is_a_prompt(prompt: str) -> None:
+    response = client.get(f"/{quote(prompt)}?max_new_tokens=1")
+    assert response.status_code == 200
+    assert response.json()["generated_sequences"][0].startswith(prompt)
 
 
 @pytest.mark.contract

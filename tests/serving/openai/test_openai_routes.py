@@ -37,6 +37,7 @@ from tests.support import (
     load,
     serve_in_thread,
     tiny_llama,
+    token,
     tokenizer,
     wait_until,
 )
@@ -210,7 +211,7 @@ def test_completion_scores_a_prompt_as_the_model_does(
     token_ids = ids(prompt) if isinstance(prompt, str) else prompt
     with torch.inference_mode():
         logprobs = reference(torch.tensor([token_ids])).logits[0].log_softmax(-1)
-    expected = [logprobs[i, token].item() for i, token in enumerate(token_ids[1:])]
+    expected = [logprobs[i, id_].item() for i, id_ in enumerate(token_ids[1:])]
     scored = choice.logprobs
     assert scored.token_logprobs[0] is scored.top_logprobs[0] is None
     assert scored.token_logprobs[1:] == pytest.approx(expected, abs=1e-3)
@@ -226,16 +227,16 @@ def test_completion_logprobs_of_generated_tokens(client: OpenAI, reference: Any)
     answer = complete(client, temperature=0, logprobs=3, max_tokens=20, echo=True)
     (choice,) = answer.choices
     written = choice.logprobs
-    for i, token in enumerate(written.tokens[len(ids(PROMPT)) :], start=len(ids(PROMPT))):
-        assert max(written.top_logprobs[i], key=written.top_logprobs[i].get) == token
+    for i, each in enumerate(written.tokens[len(ids(PROMPT)) :], start=len(ids(PROMPT))):
+        assert max(written.top_logprobs[i], key=written.top_logprobs[i].get) == each
     token_ids = ids(choice.text)
     with torch.inference_mode():
         logprobs = reference(torch.tensor([token_ids])).logits[0].log_softmax(-1)
     if choice.finish_reason == "length" and len(token_ids) == len(written.tokens):
-        expected = [logprobs[i, token].item() for i, token in enumerate(token_ids[1:])]
+        expected = [logprobs[i, id_].item() for i, id_ in enumerate(token_ids[1:])]
         assert written.token_logprobs[1:] == pytest.approx(expected, abs=1e-3)
-    for start, token in zip(written.text_offset, written.tokens, strict=True):
-        assert choice.text.startswith(token, start) or token.startswith(("bytes:", "<|"))
+    for start, each in zip(written.text_offset, written.tokens, strict=True):
+        assert choice.text.startswith(each, start) or each.startswith(("bytes:", "<|"))
 
 
 @pytest.mark.contract
@@ -320,11 +321,153 @@ def test_completion_without_a_model_takes_the_default(address: str) -> None:
     assert (answer.status_code, answer.json()["model"]) == (200, NAME)
 
 
+# --- As tolerant as the field -------------------------------------------------------------------
+
+# What clients send with the settings that they come with, where a prompt and a model are added.
+SILLY_TAVERN = {  # as it comes, to a server of no kind that it knows
+    "max_new_tokens": 12, "max_tokens": 12, "logprobs": 10, "temperature": 0.7, "top_p": 0.5,
+    "typical_p": 1, "typical": 1, "sampler_seed": -1, "min_p": 0, "repetition_penalty": 1.2,
+    "frequency_penalty": 0, "presence_penalty": 0, "top_k": 40, "skew": 0, "min_tokens": 0,
+    "add_bos_token": True, "smoothing_factor": 0, "smoothing_curve": 1, "dry_allowed_length": 2,
+    "dry_multiplier": 0, "dry_base": 1.75, "dry_sequence_breakers": ["\n", ":", '"', "*"],
+    "dry_penalty_last_n": 0, "max_tokens_second": 0, "truncation_length": 2048,
+    "stopping_strings": ["\nUser:", "\nA:", "### Input", "### Response", "\n###"],
+    "stop": ["\nUser:", "\nA:", "### Input", "### Response", "\n###"], "ban_eos_token": False,
+    "skip_special_tokens": True, "top_a": 0, "tfs": 1, "mirostat_mode": 0, "mirostat_tau": 5,
+    "mirostat_eta": 0.1, "custom_token_bans": "", "banned_strings": [], "api_type": "generic",
+    "api_server": "http://127.0.0.1:8000/v1", "legacy_api": False, "xtc_threshold": 0.1,
+    "xtc_probability": 0, "rep_pen": 1.2, "rep_pen_range": 0, "repetition_penalty_range": 0,
+    "seed": -1, "guidance_scale": 1, "negative_prompt": "", "grammar_string": "",
+    "repeat_penalty": 1.2, "tfs_z": 1, "repeat_last_n": 0, "n_predict": 12, "num_predict": 12,
+    "num_ctx": 2048, "mirostat": 0, "ignore_eos": False, "n_probs": None, "rep_pen_slope": 1,
+    "stream": False,
+}  # fmt: skip
+MIKUPAD = {
+    "temperature": 0.7, "repetition_penalty": 1.1, "repetition_penalty_range": 256,
+    "penalize_nl": False, "ban_eos_token": False, "presence_penalty": 0, "frequency_penalty": 0,
+    "top_p": 0.95, "top_k": 40, "min_p": 0, "max_tokens": 1024, "logprobs": 10, "stream": True,
+}  # fmt: skip
+VLLM = {
+    "use_beam_search": False, "length_penalty": 1.0, "stop_token_ids": [], "bad_words": [],
+    "include_stop_str_in_output": False, "skip_special_tokens": True, "priority": 0,
+    "spaces_between_special_tokens": True, "truncate_prompt_tokens": None, "request_id": "a",
+    "prompt_logprobs": None, "response_format": {"type": "text"}, "logits_processors": None,
+    "return_token_ids": None, "cache_salt": "b", "kv_transfer_params": None, "seed": None,
+}  # fmt: skip
+CHAT_FRONT_ENDS = {
+    "tools": [], "tool_choice": "auto", "parallel_tool_calls": True, "reasoning_effort": "low",
+    "chat_template_kwargs": {}, "add_generation_prompt": True, "chat_id": "c", "id": "d",
+    "session_id": "e", "metadata": {"task": "title"}, "features": {"web_search": False},
+    "files": [], "variables": {"{{USER_NAME}}": "A"}, "background_tasks": {}, "user": {"id": 1},
+    "max_tokens": -1, "echo": False, "best_of": None,
+}  # fmt: skip
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("fields", [SILLY_TAVERN, MIKUPAD, VLLM, {"user": {"id": 1}}])
+def test_completion_takes_what_changes_nothing(address: str, fields: dict[str, Any]) -> None:
+    """Half of the writing front ends were refused over such fields."""
+    body = {"model": "", "prompt": PROMPT, **fields}
+    answer = httpx.post(f"{address}/v1/completions", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert '"finish_reason":' in answer.text
+
+
+@pytest.mark.contract
+def test_refusal_names_always_the_same_field(address: str) -> None:
+    """It named whichever came first in a set, another one in each process."""
+    fields: dict[str, Any] = {"audio": {}, "suffix": "a", "grammar": "b", "tools": [{}]}
+    for order in (fields, dict(reversed(fields.items()))):
+        answer = httpx.post(f"{address}/v1/completions", json={"prompt": "A", **order})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "suffix"
+        assert answer.json()["error"]["message"] == 'suffix: not supported but as ""'
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("fields", [{"max_tokens": -1}, {"max_tokens": 100_000}])
+def test_completion_generates_until_the_context_is_full(
+    client: OpenAI, fields: dict[str, Any]
+) -> None:
+    """More than fits was refused: clients had to know how many tokens their prompt has."""
+    answer = complete(client, prompt=[1] * 500, **fields, extra_body={"ignore_eos": True})
+    assert answer.choices[0].finish_reason == "length"
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (500, 12)
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("logprobs", [None, 2])
+def test_completion_of_no_tokens_is_empty_and_says_so(client: OpenAI, logprobs: int | None) -> None:
+    answer = complete(client, max_tokens=0, logprobs=logprobs)
+    (choice,) = answer.choices
+    assert (choice.text, choice.finish_reason) == ("", "length")
+    assert answer.usage.completion_tokens == 0
+    assert choice.logprobs is None or choice.logprobs.tokens == []
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("body", [{}, {"prompt": None}, {"prompt": ""}, {"prompt": ["", ""]}])
+def test_completion_without_a_prompt_begins_a_text(address: str, body: dict[str, Any]) -> None:
+    """As OpenAI's and the pipeline's does: after the end-of-text token."""
+    params = {"max_tokens": 8, "seed": 1}
+    expected = httpx.post(f"{address}/v1/completions", json={"prompt": [0], **params}).json()
+    answer = httpx.post(f"{address}/v1/completions", json=body | params).json()
+    assert answer["choices"][0]["text"] == expected["choices"][0]["text"]
+    assert answer["usage"]["prompt_tokens"] == len(answer["choices"])
+
+
+@pytest.mark.contract
+def test_completion_ranges_of_other_servers(client: OpenAI) -> None:
+    greedy = complete(client, temperature=0).choices[0].text
+    assert complete(client, top_p=0).choices[0].text == greedy
+    plain = complete(client).choices[0].text
+    assert complete(client, extra_body={"top_k": -1}).choices[0].text == plain
+    drawn = {complete(client, seed=-1, max_tokens=20).choices[0].text for _ in range(3)}
+    assert len(drawn) == 3
+    logprobs = complete(client, logprobs=20).choices[0].logprobs
+    assert all(len(top) >= 20 for top in logprobs.top_logprobs)
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("includes", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "end", "reason"),
+    [
+        ({"stop_token_ids": [5, token(" king")], "logit_bias": {str(token(" king")): 100}},
+         " king", token(" king")),
+        ({"stop": [" k", "x"], "logit_bias": {str(token(" king")): 100}}, " k", " k"),
+        ({"stop": ["<|endoftext|>"], "logit_bias": {"0": 100}, "ignore_eos": True},
+         "<|endoftext|>", "<|endoftext|>"),
+        ({"logit_bias": {"0": 100}}, "", None),
+    ],
+)  # fmt: skip
+def test_stop_reason_tells_what_ended_the_text(
+    client: OpenAI, fields: dict[str, Any], end: str, reason: int | str | None,
+    includes: bool, streams: bool,
+) -> None:  # fmt: skip
+    """A special token is left out of the text, so as a stop string it never came."""
+    extra = {**fields, "include_stop_str_in_output": includes}
+    answer = complete(client, extra_body=extra, stream=streams)
+    choices = [chunk.choices[0] for chunk in answer] if streams else answer.choices
+    assert "".join(choice.text for choice in choices) == (end if includes else "")
+    assert (choices[-1].finish_reason, choices[-1].stop_reason) == ("stop", reason)
+    assert all(choice.stop_reason is None for choice in choices[:-1])
+
+
+@pytest.mark.contract
+def test_stop_token_waits_for_min_tokens(client: OpenAI) -> None:
+    king = token(" king")
+    extra = {"stop_token_ids": [king], "min_tokens": 3, "logit_bias": {str(king): 100}}
+    answer = complete(client, extra_body=extra)
+    assert answer.usage.completion_tokens == 4
+    assert answer.choices[0].stop_reason == king
+
+
 # --- Errors -------------------------------------------------------------------------------------
 
 INVALID: list[tuple[dict[str, Any], str | None]] = [
     ({"prompt": []}, "prompt"),
-    ({"prompt": ""}, "prompt"),
     ({"prompt": [[]]}, "prompt"),
     ({"prompt": [1, "a"]}, "prompt"),
     ({"prompt": ["a", [1]]}, "prompt"),
@@ -333,19 +476,23 @@ INVALID: list[tuple[dict[str, Any], str | None]] = [
     ({"prompt": [8192]}, "prompt"),
     ({"prompt": "a\0"}, "prompt"),
     ({"prompt": ["a"] * 321}, "prompt"),
-    ({"max_tokens": -1}, "max_tokens"),
-    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": -2}, "max_tokens"),
     ({"max_tokens": "3"}, "max_tokens"),
     ({"temperature": 2.1}, "temperature"),
-    ({"top_p": 0}, "top_p"),
+    ({"top_p": -0.1}, "top_p"),
     ({"n": 0}, "n"),
     ({"n": 9}, "n"),
     ({"n": 2, "best_of": 1}, "best_of"),
     ({"best_of": 2, "stream": True}, "best_of"),
-    ({"logprobs": 6}, "logprobs"),
-    ({"stop": ["a"] * 5}, "stop"),
+    ({"logprobs": 21}, "logprobs"),
+    ({"stop": ["a"] * 17}, "stop"),
     ({"stop": ""}, "stop"),
-    ({"seed": -1}, "seed"),
+    ({"stop_token_ids": [8192]}, "stop_token_ids"),
+    ({"stop_token_ids": [1] * 129}, "stop_token_ids"),
+    ({"seed": 2**64}, "seed"),
+    ({"skip_special_tokens": False}, "skip_special_tokens"),
+    ({"n_predict": 5, "max_tokens": 6}, "n_predict"),
+    ({"do_sample": False}, "do_sample"),
     ({"presence_penalty": 3}, "presence_penalty"),
     ({"logit_bias": {"8192": 1}}, "logit_bias"),
     ({"logit_bias": {"king": 1}}, "logit_bias"),
@@ -384,10 +531,9 @@ def test_error_body_that_is_no_request(address: str, content: str) -> None:
 @pytest.mark.contract
 def test_error_context_length_tells_both_numbers(client: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        complete(client, prompt=[1] * 510, max_tokens=3)
+        complete(client, prompt=[1] * 512, max_tokens=1)
     assert caught.value.code == "context_length_exceeded"
-    assert "512 tokens" in caught.value.message
-    assert "513 tokens (510 in your prompt; 3 for the completion)" in caught.value.message
+    assert "is 512 tokens, and your prompt has 512" in caught.value.message
     assert complete(client, prompt=[1] * 510, max_tokens=2).usage.prompt_tokens == 510
     scored = complete(client, prompt=[1] * 512, max_tokens=0, echo=True, logprobs=0)
     assert len(scored.choices[0].logprobs.tokens) == 512
@@ -420,6 +566,20 @@ def test_error_megabyte_is_refused_unread(client: OpenAI) -> None:
         complete(client, prompt="h.a.t." * 160_000)
     assert caught.value.code == "context_length_exceeded"
     assert time.monotonic() - started_seconds < 1
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("streams", [False, True])
+def test_logprobs_of_a_stop_string_are_all_there(client: OpenAI, streams: bool) -> None:
+    """Its own were left out, so there were fewer than `usage` counts."""
+    always = {str(ids(" king")[0]): 100}
+    answer = complete(client, logit_bias=always, logprobs=0, stop="g k", stream=streams)
+    choices = [chunk.choices[0] for chunk in (answer if streams else [answer])]
+    text = "".join(choice.text for choice in choices)
+    tokens = [token for choice in choices for token in choice.logprobs.tokens]
+    offsets = [offset for choice in choices for offset in choice.logprobs.text_offset]
+    assert (text, tokens, offsets) == (" kin", [" king", " king"], [0, 4])
+    assert choices[-1].finish_reason == "stop"
 
 
 def test_logprobs_hold_no_forbidden_word(client: OpenAI) -> None:
@@ -607,6 +767,31 @@ def test_chat_without_a_limit_fills_the_context(client: OpenAI) -> None:
     assert answer.choices[0].finish_reason == "length"
 
 
+def test_chat_takes_what_changes_nothing(client: OpenAI) -> None:
+    messages: Any = [
+        {"role": "user", "content": "Hello", "metadata": {}, "timestamp": 1},
+        {"role": "assistant", "content": None, "annotations": [], "tool_calls": []},
+        {"role": "assistant", "reasoning_content": "Well."},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "A", "cache_control": {"type": "b"}}],
+        },
+    ]
+    extra = CHAT_FRONT_ENDS | {"messages": messages, "ignore_eos": True, "stop_token_ids": [5]}
+    answer = chat(client, max_tokens=None, extra_body=extra | {"logit_bias": {"5": -100}})
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.total_tokens == 256
+    assert answer.choices[0].stop_reason is None
+
+
+def test_chat_refusal_names_the_field_of_a_message(client: OpenAI) -> None:
+    message = {"role": "assistant", "content": "A", "tool_calls": [{}]}
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(client, extra_body={"messages": [message]})
+    assert caught.value.param == "messages"
+    assert "messages.0.tool_calls: not supported but as []" in caught.value.message
+
+
 def test_chat_without_a_template_is_a_clear_400(client: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="/v1/completions"):
         chat(client, model=NAME)
@@ -620,6 +805,8 @@ def test_chat_without_a_template_is_a_clear_400(client: OpenAI) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
         ({"messages": [{"role": "user", "content": None}]}, "messages"),
         ({"messages": [{"role": r, "content": "a"} for r in ("user", "system")]}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"top_logprobs": 2}, "top_logprobs"),
