@@ -111,7 +111,8 @@ def test_invalid_nesting_and_huge_numbers_are_refused(content: str) -> None:
 @pytest.mark.contract
 def test_invalid_content_type_is_refused() -> None:
     response = client.post("/generate", content=b'{"prompt": "a"}')
-    assert refused_fields(response) == [["body"]]
+    assert response.status_code == 415
+    assert "application/json" in response.json()["detail"]
 
 
 @pytest.mark.contract
