@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from engine import Engine
 from engine.kernels import PLAIN, Kernel, int8_kernels, what_is_wrong_with
@@ -112,6 +113,17 @@ def test_auto_refuses_a_model_that_fails_by_itself() -> None:
     model.forward = fail
     with pytest.raises(ValueError, match="does not run by itself: RuntimeError: injected"):
         Engine(model, tokenizer, quantization="auto", num_threads=1)
+
+
+@pytest.mark.parametrize(("activation", "is_exact"), [("gelu_new", True), ("gelu", False)])
+def test_rows_are_taken_for_exact_only_where_what_is_between_products_is_known(
+    activation: str, is_exact: bool
+) -> None:
+    """Every GPT-2's were, though another activation's bits may depend on a row's place."""
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 64, "n_positions": 64}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, activation_function=activation))
+    runner = ModelRunner(model, max_num_seqs=1, max_model_len=64, kernel=COARSE)
+    assert runner.is_exact is is_exact
 
 
 def test_int8_of_a_dense_model_of_another_kind_is_not_said_to_lose_seeds(
