@@ -31,8 +31,9 @@ Life of a sequence: WAITING -> RUNNING -> FINISHED with a finish reason (`stop`,
 One prompt or generated token is one row of the forward pass, whichever sequence it
 belongs to: rows of short prompts ride along with the running sequences' next tokens.
 Seeds mean the same text in any company because a row's numbers do not depend on the
-rows beside it. The engine checks that on the loaded model, bit by bit, and from that
-chooses how many rows it runs at once (`ModelRunner.measure_batch_invariance`).
+rows beside it. In int8 that is so by construction; else the engine checks it on the
+loaded model, bit by bit, and from that chooses how many rows it runs at once
+(`ModelRunner.measure_batch_invariance`).
 """
 
 from engine.engine import Engine

@@ -19,6 +19,7 @@ from engine.kernels import choose_kernel
 from engine.model_check import checked_runner
 from engine.model_runner import ModelRunner
 from engine.output import OutputProcessor
+from engine.quality import QualityTrial
 from engine.request import (
     Delta,
     EngineRequest,
@@ -34,7 +35,7 @@ from engine.request import (
 from engine.sampler import sample_tokens
 from engine.scheduler import Scheduler
 from engine.threads import available_cores, computing_thread
-from engine.weights import return_freed_memory
+from engine.weights import cast_parameters, return_freed_memory
 
 logger = logging.getLogger("engine")
 
@@ -54,7 +55,8 @@ class Engine:
     on_model_needed: called with a request, wherever that is submitted, when the model is not
         loaded or about to leave; to see to it that `load` is called.
 
-    quantization: None or "int8".
+    quantization: None, "int8", or "auto": int8 where `engine.quality` finds that it keeps quality.
+    dtype: what the model computes in where it is not quantized; None is what it was loaded in.
     Raises ValueError for a model of which it would make another text than the model does by
     itself (`engine.model_check`), for one whose attention cannot be replaced, and as
     `choose_kernel`.
@@ -69,6 +71,7 @@ class Engine:
         max_queue_size: int = 256,
         max_model_len: int | None = None,
         quantization: str | None = None,
+        dtype: torch.dtype | None = None,
         num_threads: int | None = None,
         text_filter: TextFilter | None = None,
         on_step: Callable[[StepStats], None] | None = None,
@@ -79,7 +82,8 @@ class Engine:
         self.max_model_len = _max_model_len(config, max_model_len)
         self.vocab_size: int = config.vocab_size
         self.tokenizer = tokenizer
-        self.kernel = choose_kernel(model.dtype, model.device.type, quantization)
+        self.dtype = dtype or model.dtype
+        self.kernel = choose_kernel(self.dtype, model.device.type, quantization)
         self.on_step = on_step
         self.on_model_needed = on_model_needed
         self.eos_token_ids = _eos_token_ids(model, tokenizer, self.vocab_size)
@@ -93,6 +97,7 @@ class Engine:
         self._computing_thread = computing_thread(num_threads or available_cores())
         self._turn_pending = False  # `_take_turn` is under way or to come
         self._is_stopping = False
+        self._is_on_trial = quantization == "auto" and self.kernel.is_exact
         self._unload_before_id = math.inf  # unload before a request with an id from here on runs
         self._unloaded = threading.Event()
         self.load(model)
@@ -120,6 +125,7 @@ class Engine:
 
         The first time, it is checked: raises ValueError for a model that would give wrong text.
         """
+        cast_parameters(model, torch.float32 if self.kernel.is_exact else self.dtype)
         new_runner = partial(
             ModelRunner,
             model,
@@ -127,8 +133,8 @@ class Engine:
             max_model_len=self.max_model_len,
         )
         if self._row_range is None:
-            arguments = (model, self.kernel, self.max_model_len, new_runner)
-            runner = self._compute(checked_runner, *arguments)
+            runner = self._compute(self._first_runner, model, new_runner)
+            self.kernel = runner.kernel
             self._row_range = self._compute(runner.measure_batch_invariance)
         else:
             runner = new_runner(kernel=self.kernel)
@@ -137,6 +143,21 @@ class Engine:
             self._unload_before_id = math.inf
             self._runner = runner
             self._wake()
+
+    def _first_runner(
+        self, model: PreTrainedModel, new_runner: Callable[..., ModelRunner]
+    ) -> ModelRunner:
+        """A runner that has been checked; of a float kernel if int8 was on trial and costs too
+        much."""
+        new_served_runner = partial(new_runner, kernel=self.kernel)
+        if self._is_on_trial:
+            trial = QualityTrial(model, self.tokenizer, self.max_model_len)
+            otherwise = choose_kernel(self.dtype, model.device.type, None)
+            new_served_runner = partial(
+                trial.choose_runner, new_runner, self.kernel, otherwise, self.dtype
+            )
+        arguments = (model, self.kernel, self.max_model_len, new_runner, new_served_runner)
+        return checked_runner(*arguments)
 
     def _compute(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """What a function gives in the computing thread."""

@@ -52,30 +52,111 @@ class OutputLinear(PackedLinear):
 
 
 class Int8Linear(nn.Module):
-    """The same with int8 weights, one scale a row, and inputs quantised as they come.
+    """The same with int8 weights: (…, in) to (…, out), both float32.
 
-    An input's scale is that of the whole batch, so results depend on the company.
-
-    backend: of torch.backends.quantized.supported_engines. seven_bits: of inputs, instead of
-        eight: what adds pairs of products in 16 bits would saturate (`vpmaddubsw`, before VNNI).
+    Each output of the weight has a scale, and each row of the input has one of its own. Products
+    are summed as 32-bit integers, which is exact in any order; what comes before and after rounds
+    each number by itself. So a row's bits depend on that row alone, for any number of rows and
+    threads.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, backend: str, seven_bits: bool):
+    def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
-        self.seven_bits = seven_bits
-        torch.backends.quantized.engine = backend  # which `linear_prepack` packs for
+        self.bias = None if bias is None else bias.float()
         weight = weight.float()
-        scales = (weight.abs().amax(dim=1) / 127).clamp(min=1e-9)
-        zeros = torch.zeros(len(scales), dtype=torch.int64)
-        with warnings.catch_warnings():  # deprecated, without a successor that packs weights
-            warnings.simplefilter("ignore", UserWarning)
-            quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
-        self.packed = torch.ops.quantized.linear_prepack(
-            quantized, bias.float() if bias is not None else None
-        )
+        self.scales = (weight.abs().amax(dim=1) / 127).clamp(min=1e-9)
+        self.pack((weight / self.scales[:, None]).round_().to(torch.int8))
+
+    def pack(self, quantized: Tensor) -> None:
+        """Keeps quantized (out, in) int8 in the order that the kernel reads."""
+        raise NotImplementedError
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """x (rows, in) float32, multiplied: (rows, out) float32 that nothing else refers to."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.quantized.linear_dynamic(x, self.packed, self.seven_bits)
+        output = self.multiply(x.reshape(-1, x.shape[-1]))
+        if self.bias is not None:
+            output.add_(self.bias)  # not `addcmul`, which rounds once or twice, as it is compiled
+        return output.view(*x.shape[:-1], -1)
+
+
+class OnednnInt8Linear(Int8Linear):
+    """With inputs of eight bits, from a row's smallest value (0) to its largest (255).
+
+    Right with VNNI or AMX. Without, pairs of products may be summed in 16 bits and saturate.
+    """
+
+    def pack(self, quantized: Tensor) -> None:
+        # `byte_prepack` leaves a row's scale and smallest value in eight bytes behind it, which are
+        # multiplied too: with zeros. That is cheaper than to copy the row without them.
+        padded = F.pad(quantized, (0, 8))
+        self.weight = torch.ops.onednn.qlinear_prepack(padded, None)
+        self.zero_points = torch.zeros(len(quantized), dtype=torch.int32)
+        self.sums = quantized.sum(dim=1, dtype=torch.int32) * self.scales
+
+    def multiply(self, x: Tensor) -> Tensor:
+        quantized = torch.ops.quantized.embedding_bag_byte_prepack(x.contiguous())
+        ends = quantized.view(torch.float32)
+        output: Tensor = torch.ops.onednn.qlinear_pointwise(
+            quantized, 1.0, 0, self.weight, self.scales, self.zero_points, None,
+            1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+        return output.mul_(ends[:, -2:-1]).add_(ends[:, -1:] * self.sums)
+
+
+class FbgemmInt8Linear(Int8Linear):
+    """With inputs of seven bits, from -63 to 63: what adds pairs of products in 16 bits
+    (`vpmaddubsw`, before VNNI) would saturate with eight."""
+
+    def pack(self, quantized: Tensor) -> None:
+        torch.backends.quantized.engine = "fbgemm"  # which `linear_prepack` packs for
+        zeros = torch.zeros(len(quantized), dtype=torch.int64)
+        with warnings.catch_warnings():  # deprecated, without a successor that packs weights
+            warnings.simplefilter("ignore", UserWarning)
+            tensor = torch._make_per_channel_quantized_tensor(
+                quantized, self.scales.double(), zeros, 0
+            )
+        self.packed = torch.ops.quantized.linear_prepack(tensor, None)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        scale = x.abs().amax(dim=-1, keepdim=True).div_(63).clamp_(min=1e-12)
+        multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+        output: Tensor = multiply(x / scale, 1.0, 64, self.packed)
+        return output.mul_(scale)
+
+
+class Int8Embedding(nn.Module):
+    """An embedding of eight bits with a scale for each token: (…) int64 to (…, dim) float32."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.packed = torch.ops.quantized.embedding_bag_byte_prepack(weight.float())
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        rows = torch.ops.quantized.embedding_bag_byte_unpack(self.packed[token_ids.reshape(-1)])
+        unpacked: Tensor = rows.view(*token_ids.shape, -1)
+        return unpacked
+
+
+class RowwiseGelu(nn.Module):
+    """GELU with tanh whose bits do not depend on where in a tensor a row lies.
+
+    torch computes 32 numbers at a time, and those that are left at the end of a tensor, or of a
+    thread's part of it, in another way, which may differ in the last bit.
+    """
+
+    UNDIVIDED = 16_384  # so many numbers at most, torch leaves to one thread
+
+    def forward(self, x: Tensor) -> Tensor:
+        width = x.shape[-1]
+        num_threads = 1 if x.numel() <= self.UNDIVIDED else torch.get_num_threads()
+        if width % 64 == 0 and x.numel() % (64 * num_threads) == 0:
+            return F.gelu(x, approximate="tanh")
+        num_rows = self.UNDIVIDED // width if width % 64 == 0 else 1
+        parts = x.reshape(-1, width).split(max(1, num_rows))
+        return torch.cat([F.gelu(part, approximate="tanh") for part in parts]).view(x.shape)
 
 
 Pack = Callable[[Tensor, Tensor | None, bool], nn.Module]  # weight (out, in), bias, fuses GELU
@@ -88,49 +169,51 @@ class Kernel:
     name: str  # for logs and metrics
     pack: Pack | None = None  # None: layers stay as they are
     fuses_gelu: bool = False
+    # Whether a row's bits depend on that row alone by construction, which needs no measuring.
+    is_exact: bool = False
 
 
 PLAIN = Kernel("plain")
 ONEDNN = Kernel("onednn", PackedLinear, fuses_gelu=True)
 
 
+def _packs(layer: type[Int8Linear]) -> Pack:
+    return lambda weight, bias, gelu: layer(weight, bias)
+
+
+INT8_ONEDNN = Kernel("int8 onednn", _packs(OnednnInt8Linear), is_exact=True)
+INT8_FBGEMM = Kernel("int8 fbgemm", _packs(FbgemmInt8Linear), is_exact=True)
+HAVE_VNNI = ("avx512_vnni", "avx512_bf16", "amx")
+INT8_IS_FASTEST = ("avx2", "avx512", *HAVE_VNNI)  # as measured: docs/performance.md
+
+
 def int8_kernels() -> list[Kernel]:
-    """The int8 kernels that may be tried here, the fastest first, as measured.
+    """The int8 kernels that may be tried here, the fastest first, as measured: by a rule, since a
+    race at each start would not always have the same winner, and texts would change with it.
 
     Torch's onednn uses AVX without asking: on a processor that has none, it ends the process.
     """
-    backends = ["fbgemm", "onednn", "qnnpack"]
-    if instruction_set() == "amx":
-        backends = ["onednn", "fbgemm", "qnnpack"]
-    elif instruction_set() == "sse41":
-        backends.remove("onednn")
-
-    def kernel(backend: str, seven_bits: bool) -> Kernel:
-        def pack(weight: Tensor, bias: Tensor | None, gelu: bool) -> nn.Module:
-            return Int8Linear(weight, bias, backend, seven_bits)
-
-        return Kernel(f"int8 {backend}, 7-bit inputs" if seven_bits else f"int8 {backend}", pack)
-
-    return [
-        kernel(backend, seven_bits)
-        for backend in backends
-        if backend in torch.backends.quantized.supported_engines
-        for seven_bits in ((False,) if backend == "qnnpack" else (False, True))
-    ]
+    if instruction_set() == "sse41":
+        return [INT8_FBGEMM]
+    if instruction_set() in HAVE_VNNI:
+        return [INT8_ONEDNN, INT8_FBGEMM]
+    return [INT8_FBGEMM, INT8_ONEDNN]
 
 
 @cache
 def choose_kernel(dtype: torch.dtype, device_type: str, quantization: str | None) -> Kernel:
     """The fastest kernel that computes right here; a line in the log says what had to be left out.
 
+    quantization: None, "int8", or "auto": int8 where it has been measured to be the fastest, which
+        is with AVX2 and above. dtype: of what is not quantized.
     Raises ValueError for int8 on a GPU, and for bfloat16 on a CPU without a kernel for it: what
     torch does there instead takes up to four times as long as float32 (docs/performance.md).
     """
     if device_type != "cpu":
-        if quantization:
+        if quantization == "int8":
             raise ValueError("int8 needs a CPU")
         return PLAIN
-    if quantization:
+    if quantization == "int8" or (quantization == "auto" and instruction_set() in INT8_IS_FASTEST):
         for kernel in int8_kernels():
             if not (problem := what_is_wrong_with(kernel, torch.float32)):
                 return kernel
@@ -153,7 +236,7 @@ def what_is_wrong_with(kernel: Kernel, dtype: torch.dtype) -> str:
 
     The layer is one that saturates where pairs of 8-bit products are added in 16 bits.
     """
-    if kernel is ONEDNN and not has_onednn():
+    if kernel in (ONEDNN, INT8_ONEDNN) and not has_onednn():
         return "torch has no oneDNN, or it is switched off"
     assert kernel.pack
     weight = torch.ones(64, 64, dtype=dtype)

@@ -59,14 +59,21 @@ def checked_runner(
     kernel: Kernel,
     max_model_len: int,
     new_runner: Callable[..., ModelRunner],
+    new_served_runner: Callable[[], ModelRunner],
 ) -> ModelRunner:
-    """A runner that computes what the model does. new_runner: makes one for a `kernel`.
+    """A runner that computes what the model does.
+
+    kernel: what is to be served. new_runner: makes a runner for a `kernel`. new_served_runner:
+    makes the one to be served, which may be of another kernel after all.
 
     Raises ValueError for a model that fails by itself, that looks at tokens to come, or of which
     the runner would make another text.
     """
-    is_exact = model.dtype == torch.float32 and not kernel.name.startswith("int8")
-    is_converted = not is_exact and num_parameters(model) <= MAX_CONVERTED_PARAMETERS
+    is_float32 = model.dtype == torch.float32 and not kernel.is_exact
+    can_be_float32 = (
+        model.dtype == torch.float32 or num_parameters(model) <= MAX_CONVERTED_PARAMETERS
+    )
+    is_converted = not is_float32 and can_be_float32
     with in_float32(model) if is_converted else nullcontext():
         check = ModelCheck(model, max_model_len)
         if is_converted:
@@ -75,11 +82,11 @@ def checked_runner(
             check.compare(plain, FLOAT32_BOUND)
             del plain  # and its cache
     with check.explaining():
-        runner = new_runner(kernel=kernel)
+        runner = new_served_runner()
     if is_converted:
         check.compare_alone(runner, ROUNDED_BOUND)
     else:
-        check.compare(runner, FLOAT32_BOUND if is_exact else ROUNDED_BOUND)
+        check.compare(runner, FLOAT32_BOUND if is_float32 else ROUNDED_BOUND)
     return runner
 
 
@@ -119,6 +126,26 @@ class Reference:
         return Sequence(EngineRequest(prompt, SamplingParams(), False, loop), 0, 0)
 
 
+def own_logits(model: PreTrainedModel, token_ids: list[int], num_rows: int) -> Tensor:
+    """(num_rows, vocab) float32 of the last tokens, as the model computes them by itself.
+
+    Raises ValueError if it fails.
+    """
+    options = {}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = num_rows
+    input_ids = torch.tensor([token_ids], device=model.device)
+    try:
+        output = model(input_ids=input_ids, use_cache=False, **options)
+        logits: Tensor = output.logits[0, -num_rows:].float()
+    except Exception as error:  # whatever a model's own code raises
+        reason = in_a_line(error)
+        raise ValueError(f"{type(model).__name__} does not run by itself: {reason}") from error
+    if logits.isnan().any():
+        raise ValueError(f"{type(model).__name__} computes NaN by itself")
+    return logits
+
+
 class ModelCheck:
     """Texts of random tokens, and what a model by itself computes for them.
 
@@ -138,32 +165,16 @@ class ModelCheck:
         for length in choose_lengths(model, max_model_len):
             size = (length + NUM_NEW_TOKENS,)
             token_ids = torch.randint(vocab_size, size, generator=generator).tolist()
-            logits = self._own_logits(model, token_ids, 1 + NUM_NEW_TOKENS)
+            logits = own_logits(model, token_ids, 1 + NUM_NEW_TOKENS)
             self.references.append(Reference(token_ids[:length], token_ids[length:], logits))
         first = self.references[0]
-        unaware = self._own_logits(model, first.prompt_token_ids, 1)
+        unaware = own_logits(model, first.prompt_token_ids, 1)
         bound = FLOAT32_BOUND if model.dtype == torch.float32 else ROUNDED_BOUND
         if difference(unaware[0], first.logits[0]) > bound:
             raise ValueError(
                 f"{self.model_name} is no causal language model{self.suspicion}: what it computes "
                 "for a token depends on those that come after it, as in an encoder"
             )
-
-    def _own_logits(self, model: PreTrainedModel, token_ids: list[int], num_rows: int) -> Tensor:
-        """(num_rows, vocab) float32, of the last tokens. Raises ValueError if the model fails."""
-        options = {}
-        if "logits_to_keep" in inspect.signature(model.forward).parameters:
-            options["logits_to_keep"] = num_rows
-        input_ids = torch.tensor([token_ids], device=model.device)
-        try:
-            output = model(input_ids=input_ids, use_cache=False, **options)
-            logits: Tensor = output.logits[0, -num_rows:].float()
-        except Exception as error:  # whatever a model's own code raises
-            reason = in_a_line(error)
-            raise ValueError(f"{self.model_name} does not run by itself: {reason}") from error
-        if logits.isnan().any():
-            raise ValueError(f"{self.model_name} computes NaN by itself")
-        return logits
 
     def compare(self, runner: ModelRunner, bound: float) -> None:
         """Raises ValueError where logits are further away from the model's own than the bound."""

@@ -16,7 +16,14 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from engine.gpt2 import gpt2_forward
-from engine.kernels import Kernel, OutputLinear, PackedLinear
+from engine.kernels import (
+    Int8Embedding,
+    Kernel,
+    OnednnInt8Linear,
+    OutputLinear,
+    PackedLinear,
+    RowwiseGelu,
+)
 
 HUGE_PAGE_BYTES = 2 << 20
 MAX_GAP_BYTES = 64 << 10  # weights that lie closer together count as one piece of memory
@@ -32,39 +39,75 @@ def prepare_weights(model: PreTrainedModel, kernel: Kernel) -> bool:
     if model.device.type != "cpu":
         return False
     pack_layers(model, kernel)
+    if kernel.pack is not None:
+        # What stays is a part of the file, which is mapped into memory as long as a part is used.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
     if type(model) is GPT2LMHeadModel and not model.config.add_cross_attention:
         model.forward = gpt2_forward(model)
     if kernel.pack:  # else nothing was freed
         return_freed_memory()
-    packed = [module.weight for module in model.modules() if isinstance(module, PackedLinear)]
-    return move_to_huge_pages(packed)
+    layers = (PackedLinear, OnednnInt8Linear)
+    return move_to_huge_pages([m.weight for m in model.modules() if isinstance(m, layers)])
 
 
-def pack_layers(model: PreTrainedModel, kernel: Kernel) -> None:
-    """Puts the kernel's layers in place of the model's own linear ones."""
+Replaced = list[tuple[nn.Module, str, nn.Module]]  # where, under which name, what was there
+
+
+def pack_layers(model: PreTrainedModel, kernel: Kernel) -> Replaced:
+    """Puts the kernel's layers in place of the model's own; those may be put back.
+
+    Linear layers, the GELU between them, and with int8 GPT-2's embedding of tokens, which else
+    would be most of what is left. Others' may be read in other ways than by a call.
+    """
+    replaced: Replaced = []
     if kernel.pack is None:
-        return
+        return replaced
     pack_weight, output = kernel.pack, model.get_output_embeddings()
 
     def pack(linear: Any, gelu: bool = False) -> nn.Module:
         weight = linear.weight.detach()
         if isinstance(linear, Conv1D):
             weight = weight.T.contiguous()
-        bias = None if linear.bias is None else linear.bias.detach()
+        bias = None if linear.bias is None else linear.bias.detach().clone()
         if linear is output and weight.dtype == torch.bfloat16:
             return OutputLinear(weight, bias)
         return pack_weight(weight, bias, gelu)
 
+    def replace(module: nn.Module, name: str, new: nn.Module) -> None:
+        replaced.append((module, name, getattr(module, name)))
+        setattr(module, name, new)
+
+    embedding = model.get_input_embeddings()
+    quantizes_embedding = kernel.is_exact and isinstance(model, GPT2LMHeadModel)
     for module in list(model.modules()):
         if isinstance(module, GPT2MLP) and module.act.__class__ in (
             ACT2FN["gelu_new"].__class__,
             ACT2FN["gelu_pytorch_tanh"].__class__,
         ):  # these two are one function, which oneDNN fuses into the product before it
-            module.act = nn.Identity() if kernel.fuses_gelu else nn.GELU(approximate="tanh")
-            module.c_fc = pack(module.c_fc, gelu=kernel.fuses_gelu)
-        for name, child in module.named_children():
+            gelu = RowwiseGelu() if kernel.is_exact else nn.GELU(approximate="tanh")
+            replace(module, "act", nn.Identity() if kernel.fuses_gelu else gelu)
+            replace(module, "c_fc", pack(module.c_fc, gelu=kernel.fuses_gelu))
+        for name, child in list(module.named_children()):
             if type(child) in (nn.Linear, Conv1D):
-                setattr(module, name, pack(child))
+                replace(module, name, pack(child))
+            elif child is embedding and quantizes_embedding and type(child) is nn.Embedding:
+                replace(module, name, Int8Embedding(child.weight.detach()))
+    return replaced
+
+
+def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Gives the parameters of a model another dtype; buffers, such as the frequencies of rotary
+    positions, keep their precision."""
+    for parameter in model.parameters():
+        if parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+
+
+def put_back(replaced: Replaced) -> None:
+    """Undoes `pack_layers`."""
+    for module, name, old in replaced:
+        setattr(module, name, old)
 
 
 def move_to_huge_pages(packed: Iterable[Tensor]) -> bool:

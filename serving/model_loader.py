@@ -30,16 +30,32 @@ LoadPipeline = Callable[[str], Any]  # from a folder or id to a text-generation 
 CHAT_ONLY = ";chat"  # in the source of a model whose server has no completions
 
 
-def choose_precision(settings: Settings) -> dict[str, Any]:
-    """`dtype` and `device` for a pipeline. Ends the process where they cannot be had here."""
+def choose_dtype(settings: Settings) -> torch.dtype:
+    """What a model computes in where it is not quantized."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtypes = {"auto": native_dtype(device), "float32": torch.float32, "bfloat16": torch.bfloat16}
-    dtype = torch.float32 if settings.quantization else dtypes[settings.dtype]
+    return dtypes[settings.dtype]
+
+
+def choose_quantization(settings: Settings) -> str | None:
+    """As the engine names it."""
+    return None if settings.quantization == "none" else settings.quantization
+
+
+def choose_precision(settings: Settings) -> dict[str, Any]:
+    """`dtype` and `device` for a pipeline: float32 where weights may be quantized.
+
+    Ends the process where they cannot be had here.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = choose_dtype(settings)
     try:
-        choose_kernel(dtype, device, settings.quantization)
+        if settings.quantization != "int8":
+            choose_kernel(dtype, device, None)
+        kernel = choose_kernel(dtype, device, choose_quantization(settings))
     except ValueError as error:
-        refuse_setting("QUANTIZATION" if settings.quantization else "DTYPE", error)
-    return {"dtype": dtype, "device": device}
+        refuse_setting("QUANTIZATION" if settings.quantization == "int8" else "DTYPE", error)
+    return {"dtype": torch.float32 if kernel.is_exact else dtype, "device": device}
 
 
 def choose_num_threads(settings: Settings) -> int:
@@ -134,7 +150,8 @@ class ModelLoader:
             max_num_seqs=settings.max_num_seqs,
             max_queue_size=settings.max_queue_size,
             max_model_len=settings.max_model_len,
-            quantization=settings.quantization,
+            quantization=choose_quantization(settings),
+            dtype=choose_dtype(settings),
             num_threads=self.num_threads,
             text_filter=self.text_filter,
             on_step=metrics.observe,

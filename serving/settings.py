@@ -48,12 +48,13 @@ class Settings(BaseSettings):
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
-        description="`auto` is bfloat16 where the processor computes in it natively.",
+        description="What is computed in where weights are not quantized; `auto` is bfloat16 where "
+        "the processor computes in it natively.",
     )
-    quantization: Literal["int8"] | None = Field(
-        default=None,
-        description="`int8` packs weights to 8 bits (CPU only); seeds then hold only for "
-        "requests that run alone.",
+    quantization: Literal["auto", "none", "int8"] = Field(
+        default="auto",
+        description="`int8` packs weights to 8 bits (CPU only). `auto` does so where it is the "
+        "fastest and the loaded model loses less than 1% by it. `none`: as `DTYPE` says.",
     )
     generation_config: Literal["auto", "none"] = Field(
         default="auto",

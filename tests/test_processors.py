@@ -27,11 +27,12 @@ SIMULATED: dict[str, list[str]] = {  # what each is told
     "onednn with sse4.1": ["ONEDNN_MAX_CPU_ISA=SSE41"],
     "aten with avx2": ["ATEN_CPU_CAPABILITY=avx2"],
     "aten without vectors": ["ATEN_CPU_CAPABILITY=default"],
-    "without onednn": ["--without-onednn"],
+    "without onednn": ["--without-onednn", "QUANTIZATION=none"],
 }
 OTHERS = {
     "one core": ["TORCH_NUM_THREADS=2", "--one-core"],
-    "int8 with avx2": ["QUANTIZATION=int8", "FBGEMM_ENABLE_INSTRUCTIONS=AVX2"],
+    "int8 with avx2": ["ONEDNN_MAX_CPU_ISA=AVX2", "FBGEMM_ENABLE_INSTRUCTIONS=AVX2"],
+    "bfloat16 where it is native": ["QUANTIZATION=none"],
     "bfloat16 with avx2": ["DTYPE=bfloat16", "ONEDNN_MAX_CPU_ISA=AVX2"],
 }
 
@@ -124,14 +125,21 @@ def test_service_is_right_on_one_core(started: Callable[[str], Process]) -> None
 
 
 def test_int8_is_right_where_pairs_are_added_in_16_bits(started: Callable[[str], Process]) -> None:
-    """It gave 32.4 for 63 on processors without VNNI; seeds hold for requests that run alone."""
+    """It gave 32.4 for 63 on processors without VNNI, and a seed other texts in other company."""
     about = found(started("int8 with avx2"))
     if IS_X86 and torch.cpu._is_avx2_supported():
-        assert about["kernel"] == "int8 fbgemm, 7-bit inputs"
-    if about["kernel"].startswith("int8"):
+        assert about["kernel"] == "int8 fbgemm"
         assert about["adversarial_sum"] == pytest.approx(63, rel=0.01)
-    assert about["seeded"]["again"] == about["seeded"]["alone"]
+    assert len(set(about["seeded"].values())) == 1, about
     assert about["greedy"] == about["generated"], about  # of the float32 engine beside it
+
+
+def test_quantization_none_leaves_weights_as_dtype_says(started: Callable[[str], Process]) -> None:
+    about = found(started("bfloat16 where it is native"))
+    assert about["kernel"] in ("onednn", "plain")
+    if about["instruction_set"] in ("avx512_bf16", "amx"):
+        assert (about["dtype"], about["kernel"]) == ("torch.bfloat16", "onednn")
+    assert len(set(about["seeded"].values())) == 1, about
 
 
 @needs_x86

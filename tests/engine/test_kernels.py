@@ -12,7 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine import choose_kernel, instruction_set, native_dtype
-from engine.kernels import ONEDNN, PLAIN, Kernel, int8_kernels, what_is_wrong_with
+from engine.kernels import (
+    INT8_IS_FASTEST,
+    ONEDNN,
+    PLAIN,
+    Int8Embedding,
+    Kernel,
+    RowwiseGelu,
+    int8_kernels,
+    what_is_wrong_with,
+)
 from engine.processor import has_onednn
 from engine.weights import move_to_huge_pages
 
@@ -73,6 +82,65 @@ def test_onednn_computes_a_random_layer(dtype: torch.dtype, most: float, num_row
     assert worst_error(ONEDNN, dtype, num_rows) < most
 
 
+@pytest.fixture
+def restored_threads() -> Iterator[None]:
+    num_threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(num_threads)
+
+
+NUM_ROWS = (1, 2, 3, 5, 8, 16, 17, 32, 33, 64, 65, 97, 150)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("name", INT8)
+def test_int8_row_has_the_same_bits_in_any_company(
+    name: str, num_threads: int, restored_threads: None
+) -> None:
+    """One scale for the whole batch gave a row other bits beside a row of larger values."""
+    skip_unless_right(INT8[name], torch.float32)
+    torch.manual_seed(0)
+    for num_inputs, num_outputs in ((96, 288), (100, 50), (256, 1030)):
+        layer = INT8[name].pack(
+            torch.randn(num_outputs, num_inputs), torch.randn(num_outputs), False
+        )
+        x = torch.randn(150, num_inputs) * torch.linspace(0.01, 100, 150)[:, None]
+        torch.set_num_threads(1)
+        alone = torch.cat([layer(row[None]) for row in x])
+        torch.set_num_threads(num_threads)
+        for num_rows in NUM_ROWS:
+            assert torch.equal(layer(x[-num_rows:]), alone[-num_rows:]), (num_inputs, num_rows)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("width", [1024, 1000, 33])
+def test_gelu_row_has_the_same_bits_in_any_company(
+    width: int, num_threads: int, restored_threads: None
+) -> None:
+    """torch's own computes the last numbers of a thread's part in another way."""
+    x, gelu = torch.randn(150, width), RowwiseGelu()
+    torch.set_num_threads(1)
+    alone = torch.cat([gelu(row[None]) for row in x])
+    assert torch.allclose(alone, F.gelu(x, approximate="tanh"), atol=1e-6)
+    torch.set_num_threads(num_threads)
+    for num_rows in NUM_ROWS:
+        assert torch.equal(gelu(x[:num_rows]), alone[:num_rows])
+
+
+def test_int8_row_of_zeros() -> None:
+    """Its scale would be 0."""
+    for kernel in INT8.values():
+        if not what_is_wrong_with(kernel, torch.float32):
+            layer = kernel.pack(torch.randn(8, 64), torch.ones(8), False)
+            assert torch.equal(layer(torch.zeros(2, 64)), torch.ones(2, 8))
+
+
+def test_int8_embedding_gives_what_the_embedding_gives() -> None:
+    embedding, token_ids = torch.nn.Embedding(50, 64), torch.tensor([[3, 49, 3]])
+    got = Int8Embedding(embedding.weight.detach())(token_ids)
+    assert torch.allclose(got, embedding(token_ids), atol=0.02)
+
+
 @pytest.mark.parametrize("num_rows", [1, 2, 40])
 @pytest.mark.parametrize("name", INT8)
 def test_int8_computes_a_random_layer(name: str, num_rows: int) -> None:
@@ -131,14 +199,20 @@ def test_choose_kernel_float32_stays_unpacked_without_onednn(
 
 
 @pytest.mark.parametrize("operation", [missing, refusing])
-@pytest.mark.parametrize("name", ["linear_prepack", "linear_dynamic"])
+@pytest.mark.parametrize("quantization", ["int8", "auto"])
 def test_choose_kernel_int8_falls_back_to_float32(
-    operation: object, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    operation: object,
+    quantization: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    if instruction_set() not in INT8_IS_FASTEST:
+        pytest.skip(f"int8 is not chosen on {instruction_set()}")
     expected = choose_kernel(torch.float32, "cpu", None)
     caplog.clear()
-    monkeypatch.setattr(torch.ops.quantized, name, operation, raising=False)
-    assert choose_kernel(torch.float32, "cpu", "int8") is expected
+    monkeypatch.setattr(torch.ops.quantized, "linear_prepack", operation, raising=False)
+    monkeypatch.setattr(torch.ops.onednn, "qlinear_prepack", operation, raising=False)
+    assert choose_kernel(torch.float32, "cpu", quantization) is expected
     assert "int8 is left out" in warnings_of(caplog)[0]
 
 
@@ -157,6 +231,15 @@ def test_choose_kernel_int8_needs_a_cpu() -> None:
     with pytest.raises(ValueError, match="needs a CPU"):
         choose_kernel(torch.float32, "cuda", "int8")
     assert choose_kernel(torch.float32, "cuda", None) is PLAIN
+    assert choose_kernel(torch.float32, "cuda", "auto") is PLAIN
+
+
+def test_choose_kernel_auto_leaves_float_where_int8_has_not_been_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = choose_kernel(torch.float32, "cpu", None)
+    monkeypatch.setattr("engine.kernels.instruction_set", lambda: "aarch64 default")
+    assert choose_kernel(torch.float32, "cpu", "auto") is expected
 
 
 def test_int8_kernels_of_torchs_onednn_are_not_tried_without_avx(
