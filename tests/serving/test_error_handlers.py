@@ -11,12 +11,12 @@ client = new_client()
     ("method", "path", "allowed"),
     [
         ("DELETE", "/generate", "POST"),
-        ("DELETE", "/generate/text", "GET, POST"),
+        ("DELETE", "/generate/text", "GET, HEAD, POST"),
         ("PUT", "/generate-text/", "POST"),
-        ("POST", "/some%20prompt", "GET"),
+        ("POST", "/some%20prompt", "GET, HEAD"),
         ("POST", "/health", "GET, HEAD"),
         ("GET", "/v1/completions", "POST"),
-        ("DELETE", "/v1/models/a", "GET"),
+        ("DELETE", "/v1/models/a", "GET, HEAD"),
     ],
 )
 def test_405_names_every_method_of_the_path(method: str, path: str, allowed: str) -> None:

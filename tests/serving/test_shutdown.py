@@ -80,7 +80,10 @@ def test_drain_ends_streams_at_the_deadline() -> None:
 def test_drain_closes_clients_that_neither_read_nor_leave() -> None:
     """Each of them held the process for ever."""
     file = b"GET /static-offline-docs/swagger-ui-bundle.js HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    half = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"
+    half = (
+        b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 9\r\n\r\n{"
+    )
     with ExitStack() as stack, served(DRAIN_TIMEOUT_SECONDS="0") as service:
         host, port = service.address.removeprefix("http://").split(":")
         for sent in (b"", b"GET", half, file * 10):

@@ -923,10 +923,10 @@ def test_lm_eval_measures_what_the_model_itself_gives(
 
 @pytest.mark.parametrize("more", [{}, {"echo": True}])
 def test_completion_logprobs_of_what_cannot_be_said(
-    more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    engine: Engine, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A logit of minus infinity made an answer that JSON has no number for: 500."""
-    head = main.engine.model.lm_head
+    head = engine.model.lm_head
     forward, said = head.forward, ids(" the")
 
     def say_one(hidden: Any) -> Any:
