@@ -35,7 +35,6 @@ from tests.support import (
     fail,
     ids,
     load,
-    new_client,
     serve_in_thread,
     tiny_llama,
     token,
@@ -923,7 +922,7 @@ def test_lm_eval_measures_what_the_model_itself_gives(
 
 @pytest.mark.parametrize("more", [{}, {"echo": True}])
 def test_completion_logprobs_of_what_cannot_be_said(
-    engine: Engine, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    address: str, engine: Engine, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A logit of minus infinity made an answer that JSON has no number for: 500."""
     head = engine.model.lm_head
@@ -937,7 +936,7 @@ def test_completion_logprobs_of_what_cannot_be_said(
 
     monkeypatch.setattr(head, "forward", say_one)
     body = {"prompt": "Once upon", "max_tokens": 2, "logprobs": 2, **more}
-    response = new_client().post("/v1/completions", json=body)
+    response = httpx.post(f"{address}/v1/completions", json=body)
     assert response.status_code == 200
     logprobs = response.json()["choices"][0]["logprobs"]
     assert logprobs["token_logprobs"][-2:] == [0.0, 0.0]
