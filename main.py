@@ -55,13 +55,7 @@ from serving.browsers import (
     read_cors_origins,
 )
 from serving.content_filter import ContentFilter
-from serving.documentation import (
-    ERRORS,
-    EVENTS,
-    document_models,
-    document_refusals,
-    operation_id,
-)
+from serving.documentation import ERRORS, EVENTS, document_app, operation_id
 from serving.error_handlers import add_error_handlers
 from serving.http_protocol import OpenConnections
 from serving.logs import set_up_logging
@@ -148,8 +142,7 @@ app = FastAPIOffline(
 app.state.service = service
 app.router.route_class = BoundedRoute
 key_names = read_api_keys(settings)
-document_models(app, registry)
-document_refusals(app, settings, needs_key=bool(key_names))
+document_app(app, registry, settings, needs_key=bool(key_names))
 add_error_handlers(app)
 
 # From the inside out: the last one added is the first that a request meets.

@@ -12,7 +12,6 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from engine import Delta, EngineRequest, PositionLogprobs, TextFilter
 
 BYTE_NAME = re.compile("<0x([0-9A-F]{2})>")  # as SentencePiece calls a token of a single byte
-BLANKS = re.compile(r"\s*")
 BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
 NUM_CACHED_TOKENS = 1 << 16
 
@@ -78,10 +77,13 @@ class TokenSpelling:
             is_special = token_id in self.special_ids
             raw = self.raw_bytes(token_id)
             written = raw.decode() if is_special else decoder.decode(raw)
-            behind_blanks = BLANKS.match(text, at).end()  # type: ignore[union-attr]
             if text.startswith(written, at):
                 at += len(written)
-            elif text.startswith(written.lstrip(" "), behind_blanks):
+                continue
+            behind_blanks = at
+            while text[behind_blanks : behind_blanks + 1].isspace():
+                behind_blanks += 1
+            if text.startswith(written.lstrip(" "), behind_blanks):
                 at = behind_blanks + len(written.lstrip(" "))
             elif not is_special:  # the tokenizer has normalized it
                 at += len(written)

@@ -24,10 +24,6 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.bloom.modeling_bloom import build_alibi_tensor as bloom_alibi
-from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
-from transformers.models.falcon.modeling_falcon import build_alibi_tensor as falcon_alibi
-from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
 from engine.cache import KVCache, Visibility
 
@@ -176,7 +172,8 @@ def _choose_rope_by_row(rotary: Any, cache: KVCache) -> None:
     rotary.forward = forward
 
 
-# Models whose layers are given the engine's attention, by the names of their classes.
+# Models whose layers are given the engine's attention, by the names of their classes. Each function
+# imports its own model's module: all of them together would make every start a hundredth longer.
 
 
 def _attend(
@@ -239,8 +236,10 @@ def _supply_llama4(model: PreTrainedModel, cache: KVCache) -> None:
 
 
 def _supply_bloom(model: PreTrainedModel, cache: KVCache) -> None:
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
     ones = torch.ones(1, cache.max_model_len, device=cache.device)
-    biases = bloom_alibi(ones, model.config.n_head, model.dtype)[:, 0]
+    biases = build_alibi_tensor(ones, model.config.n_head, model.dtype)[:, 0]
     cache.position_bias = lambda positions, keys: biases[:, : len(keys)]
 
     def forward(attention: Any, hidden: Tensor, residual: Tensor, **_: Any) -> tuple[Tensor, None]:
@@ -254,11 +253,13 @@ def _supply_bloom(model: PreTrainedModel, cache: KVCache) -> None:
 
 
 def _supply_falcon(model: PreTrainedModel, cache: KVCache) -> None:
+    from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb, build_alibi_tensor
+
     config = model.config
     scale = (config.hidden_size // config.num_attention_heads) ** -0.5
     if config.alibi:
         ones = torch.ones(1, cache.max_model_len, dtype=torch.long, device=cache.device)
-        biases = falcon_alibi(ones, config.num_attention_heads, model.dtype)[:, 0]
+        biases = build_alibi_tensor(ones, config.num_attention_heads, model.dtype)[:, 0]
         biases = biases / math.sqrt(config.hidden_size // config.num_attention_heads)
         cache.position_bias = lambda positions, keys: biases[:, : len(keys)]
 
@@ -285,6 +286,8 @@ def _supply_falcon(model: PreTrainedModel, cache: KVCache) -> None:
 
 
 def _supply_mpt(model: PreTrainedModel, cache: KVCache) -> None:
+    from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
+
     body, config = model.transformer, model.config
     # Of two positions, the first is a token away from the last.
     slopes = -build_mpt_alibi_tensor(config.n_heads, 2, device=cache.device)[:, 0, :1]

@@ -79,7 +79,7 @@ class SamplingParams:
             or self.presence_penalty
             or self.frequency_penalty
             or self.logit_bias
-            or (self.min_tokens and not self.ignore_eos)
+            or (self.min_tokens and (self.stop_token_ids or not self.ignore_eos))
             or self.rules
         )
 

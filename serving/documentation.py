@@ -87,54 +87,53 @@ def operation_id(route: APIRoute) -> str:
     return route.name
 
 
-def document_models(app: FastAPI, registry: ModelRegistry) -> None:
-    """Lets the app's document end `top_k` at the vocabulary, as it does in fact, and ask for a
-    model that is served in its examples."""
+def document_app(
+    app: FastAPI, registry: ModelRegistry, settings: Settings, needs_key: bool
+) -> None:
+    """Adds to the app's document what its routes do not know: the models that are served, and what
+    the middleware asks for."""
 
     def openapi() -> dict[str, Any]:
         if not app.openapi_schema:
             document = FastAPI.openapi(app)
-            sizes = [each.vocab_size for each in registry.backends.values() if each.vocab_size]
-            fields = [s.get("properties", {}) for s in document["components"]["schemas"].values()]
-            for operations in document["paths"].values():
-                for operation in operations.values():
-                    parameters = operation.get("parameters", ())
-                    fields.append({each["name"]: each["schema"] for each in parameters})
-            for each in fields:
-                for name in each.keys() & {"model", "model_id"}:
-                    each[name]["examples"] = [registry.default.name]
-                if "top_k" in each and sizes:
-                    each["top_k"]["maximum"] = min(sizes)
+            document_models(document, registry)
+            document_refusals(document, settings, needs_key)
         return app.openapi_schema or {}
 
     # As FastAPI's own documentation has it (Advanced: Extending OpenAPI).
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def document_refusals(app: FastAPI, settings: Settings, needs_key: bool) -> None:
-    """Adds to the app's document the keys that routes need, and what the middleware refuses."""
-    describe = app.openapi
+def document_models(document: dict[str, Any], registry: ModelRegistry) -> None:
+    """Ends `top_k` at the vocabulary, as it does in fact, and asks for a model that is served in
+    the examples."""
+    sizes = [each.vocab_size for each in registry.backends.values() if each.vocab_size]
+    fields = [s.get("properties", {}) for s in document["components"]["schemas"].values()]
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            parameters = operation.get("parameters", ())
+            fields.append({each["name"]: each["schema"] for each in parameters})
+    for each in fields:
+        for name in each.keys() & {"model", "model_id"}:
+            each[name]["examples"] = [registry.default.name]
+        if "top_k" in each and sizes:
+            each["top_k"]["maximum"] = min(sizes)
+
+
+def document_refusals(document: dict[str, Any], settings: Settings, needs_key: bool) -> None:
+    """Adds the keys that routes need, and what the middleware refuses."""
     refusals = {503: "Overloaded or stopping; see Retry-After"}
     if needs_key:
         refusals[401] = "No API key, or one that is not known"
+        document["components"]["securitySchemes"] = {
+            "Bearer": {"type": "http", "scheme": "bearer"},
+            "X-API-Key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+        }
     if settings.rate_limit or settings.token_rate_limit:
         refusals[429] = "Over a limit; see Retry-After"
-
-    def openapi() -> dict[str, Any]:
-        is_new = not app.openapi_schema
-        document = describe()
-        if is_new:
-            for path, operations in document["paths"].items():
-                for operation in operations.values():
-                    add_refusals(path, operation, refusals, settings)
-            if needs_key:
-                document["components"]["securitySchemes"] = {
-                    "Bearer": {"type": "http", "scheme": "bearer"},
-                    "X-API-Key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
-                }
-        return document
-
-    app.openapi = openapi  # type: ignore[method-assign]
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            add_refusals(path, operation, refusals, settings)
 
 
 def add_refusals(

@@ -16,7 +16,7 @@ import torch
 from fastapi import Request, Response
 
 import models
-from backends.base import Generation, TextDelta
+from backends.base import Backend, Generation, TextDelta
 from engine import InferenceError
 from serving.error_handlers import FAILURES, count_failure, failure_message
 from serving.errors import openai_error
@@ -26,15 +26,10 @@ from serving.streams import GenerationStream, event, finish
 Body = TypeVar("Body", models.CompletionRequest, models.ChatCompletionRequest)
 
 
-def system_fingerprint(model_name: str, settings: Settings) -> str:
-    """Changes with what may change the text of a seed."""
-    described = (
-        model_name,
-        torch.__version__,
-        settings.dtype,
-        settings.quantization,
-        settings.generation_config,
-    )
+def system_fingerprint(backend: Backend, settings: Settings) -> str:
+    """Changes with what may change the text of a seed: the kernel too, which `auto` chooses by the
+    processor and by the model."""
+    described = (backend.name, backend.about, torch.__version__, settings.generation_config)
     return "fp_" + hashlib.sha256(repr(described).encode()).hexdigest()[:10]
 
 
@@ -49,14 +44,14 @@ class ResponseBuilder(ABC, Generic[Body]):
     object_name: str
     chunk_object_name: str
 
-    def __init__(self, body: Body, generation: Generation, settings: Settings):
+    def __init__(self, body: Body, generation: Generation, backend: Backend, settings: Settings):
         self.body: Body = body
         self.generation = generation
         self.head = {
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": generation.model_name,
-            "system_fingerprint": system_fingerprint(generation.model_name, settings),
+            "system_fingerprint": system_fingerprint(backend, settings),
         }
 
     @abstractmethod

@@ -35,7 +35,7 @@ async def create_completion(
         raise InvalidField("best_of", "must be n in a stream")
     backend = service.backend(body.model)
     generation = await admit(http, backend.submit_completion(body, client=client))
-    return await CompletionBuilder(body, generation, service.settings).respond(http)
+    return await CompletionBuilder(body, generation, backend, service.settings).respond(http)
 
 
 @openai_routes.post(
@@ -57,7 +57,7 @@ async def create_chat_completion(
         raise InvalidField("top_logprobs", "needs logprobs")
     backend = service.backend(body.model)
     generation = await admit(http, backend.submit_chat(body, client=client))
-    return await ChatBuilder(body, generation, service.settings).respond(http)
+    return await ChatBuilder(body, generation, backend, service.settings).respond(http)
 
 
 def describe_model(backend: Backend) -> dict[str, Any]:

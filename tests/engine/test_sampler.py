@@ -124,6 +124,13 @@ def test_edit_logits_min_tokens_bans_nothing_where_end_of_text_is_ignored() -> N
     assert edited(torch.ones(5), sequences(params)[0], eos=(0, 4)).tolist() == [1] * 5
 
 
+def test_edit_logits_min_tokens_blocks_stop_tokens_where_end_of_text_is_ignored() -> None:
+    """A stop token ended such a text before min_tokens."""
+    params = SamplingParams(min_tokens=3, ignore_eos=True, stop_token_ids={2: 2})
+    got = edited(torch.ones(5), sequences(params)[0], eos=(0, 4))
+    assert got.tolist() == [1, 1, -float("inf"), 1, 1]
+
+
 def test_edit_logits_min_tokens_without_end_of_text() -> None:
     (seq,) = sequences(SamplingParams(min_tokens=3))
     assert edited(torch.ones(5), seq).tolist() == [1] * 5

@@ -112,8 +112,8 @@ def test_document_says_which_keys_and_limits_there_are() -> None:
     app = FastAPI()
     for routes in (service_routes, text_routes, openai_routes):
         app.include_router(routes)
-    document_refusals(app, Settings(rate_limit=5), needs_key=True)
     document = app.openapi()
+    document_refusals(document, Settings(rate_limit=5), needs_key=True)
     assert document["components"]["securitySchemes"].keys() == {"Bearer", "X-API-Key"}
     for path, operations in document["paths"].items():
         for operation in operations.values():
