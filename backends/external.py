@@ -161,6 +161,7 @@ class ExternalBackend(Backend):
     """
 
     num_waiting = 0  # in a queue, if at all, there
+    takes_chat = True
     is_loaded = False
     max_num_seqs = None
     vocab_size = None
