@@ -80,9 +80,9 @@ CLIENTS = {
         f"{GENERATE} typescript-fetch && {NPM} typescript@5 @types/node && {TSC} && {GENERATOR}",
     ),
     "openapi-generator-java": (
-        "Generated.java", "Generated.java",
-        f"{GENERATE} java && mv Generated.java client/src/main/java && cd client && "
-        "mvn -q -B compile exec:java -Dexec.mainClass=Generated && cd .. && " + GENERATOR,
+        "CallTest.java", "CallTest.java",
+        f"{GENERATE} java && mv CallTest.java client/src/test/java && cd client && "
+        f"mvn -q -B test -Dtest=CallTest && cd .. && {GENERATOR}",
     ),
     "openapi-generator-go": (
         "openapi-generator_test.go", "call_test.go",

@@ -1,6 +1,8 @@
-venv/bin/guidellm benchmark run --target "$ADDRESS" --model "$MODEL" --processor "$FOLDER" \
-  --data prompt_tokens=16,output_tokens=8 --profile concurrent --rate 4 --max-requests 12 \
-  --output-dir . --disable-console-interactive
+venv/bin/guidellm run --backend "kind=openai_http,target=$ADDRESS,model=$MODEL" \
+  --tokenizer "kind=huggingface_auto,model=$FOLDER" \
+  --data kind=synthetic_text,prompt_tokens=16,output_tokens=8 \
+  --profile kind=concurrent,streams=4 --constraint kind=max_requests,count=12 \
+  --output kind=json,path=benchmarks.json --disable-console-interactive
 venv/bin/python - <<'END'
 import json
 from importlib.metadata import version
