@@ -13,5 +13,5 @@ echo '{"begins": "Once upon a", "ends": ["time", "xylophone"], "best": 0}' > tal
 venv/bin/lm_eval run --model local-completions --tasks tale --include_path . \
   --model_args "model=$MODEL,base_url=$ADDRESS/v1/completions,tokenizer=$FOLDER,num_concurrent=2" |
   tee result.txt
-grep -q 'acc *|.*|1' result.txt
+grep -q '|acc  .*|  *1|' result.txt
 venv/bin/python -c "from importlib.metadata import version; print('lm-eval', version('lm-eval'))"
