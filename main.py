@@ -78,6 +78,7 @@ from serving.service import CurrentClient, CurrentService, Service
 from serving.settings import read_settings, refuse_setting
 from serving.shutdown import GracefulShutdown, running_server
 from serving.streams import GenerationStream, admit, finish
+from serving.token_routes import token_routes
 
 gc.freeze()
 gc.enable()
@@ -193,4 +194,5 @@ async def generate(
 
 app.include_router(text_routes)
 app.include_router(openai_routes)
+app.include_router(token_routes)
 app.include_router(prompt_route)  # last: it takes any path

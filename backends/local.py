@@ -22,7 +22,9 @@ from backends.base import (
     Generation,
     InvalidField,
     NoChatTemplate,
+    PromptTokens,
     TextDelta,
+    Tokens,
     check_num_sequences,
     holds_forbidden_word,
     new_token_budget,
@@ -41,6 +43,8 @@ from engine import (
     TextFilter,
     instruction_set,
 )
+
+PIECE_TOKENS = 10_000  # that are looked up before others have their turn
 
 LogPrompts = Callable[[str | list[str]], None]
 
@@ -210,15 +214,22 @@ class LocalBackend(Backend):
             rooms = (self._num_new_tokens(prompt, body.most_tokens) for prompt in prompts)
             await client.reserve(num_prompt_tokens, body.num_drawn * sum(rooms))
             requests = self.engine.submit_all(prompts, sampling, place=place, streams=body.stream)
-        form: LogprobsForm = None if body.logprobs is None else "completion"
-        return LocalGeneration(self, requests, deadline, form, echo=texts if body.echo else None)
+        return LocalGeneration(
+            self,
+            requests,
+            deadline,
+            logprobs_form=None if body.logprobs is None else "completion",
+            num_top=body.logprobs,
+            echo=texts if body.echo else None,
+            tells_prompt=body.asks_of_prompt,
+        )
 
     async def submit_chat(
         self, body: models.ChatCompletionRequest, *, client: Client
     ) -> Generation:
         if not self.tokenizer.chat_template:
             raise NoChatTemplate(self.name)
-        texts = [message.text for message in body.messages]
+        texts = texts_of(body.messages)
         self._check_num_sequences("n", body.n)
         self._check_sizes(["".join(texts)], body.most_tokens)
         with self.engine.place(client.identity, body.n) as place:
@@ -231,7 +242,41 @@ class LocalBackend(Backend):
             num_new_tokens = self._num_new_tokens(prompt, most_tokens)
             await client.reserve(num_prompt_tokens, body.n * num_new_tokens)
             requests = self.engine.submit_all([prompt], sampling, place=place, streams=body.stream)
-        return LocalGeneration(self, requests, deadline, "chat" if body.logprobs else None)
+        return LocalGeneration(
+            self,
+            requests,
+            deadline,
+            logprobs_form="chat" if body.logprobs else None,
+            tells_prompt=body.asks_of_prompt,
+        )
+
+    async def tokenize(self, body: models.TokenizeRequest, *, client: Client) -> Tokens:
+        if body.messages is not None and not self.tokenizer.chat_template:
+            raise NoChatTemplate(self.name)
+        texts = [body.prompt or ""] if body.messages is None else texts_of(body.messages)
+        with self.engine.place(client.identity) as place:  # all that it takes of the engine
+            pieces = self._tokens(body)
+            return await self.reader.read(client, self._deadline(place), texts, pieces)
+
+    async def detokenize(self, body: models.DetokenizeRequest, *, client: Client) -> str:
+        num_tokens = max(self.vocab_size, len(self.tokenizer))
+        if max(body.tokens, default=0) >= num_tokens:
+            raise InvalidField("tokens", f"token ids go up to {num_tokens - 1}")
+        with self.engine.place(client.identity) as place:
+            pieces = self._decoded(body.tokens)
+            return await self.reader.read(client, self._deadline(place), [body.tokens], pieces)
+
+    @property
+    def tokenizer_config(self) -> dict[str, Any]:
+        tokenizer, template = self.tokenizer, self.tokenizer.chat_template
+        return {
+            "tokenizer_class": type(tokenizer).__name__,
+            "model_max_length": self.max_model_len,
+            "eos_token": None,
+            **tokenizer.special_tokens_map,
+            # Some have several, by name.
+            "chat_template": template.get("default") if isinstance(template, dict) else template,
+        }
 
     def _deadline(self, place: Place) -> Deadline:
         return Deadline(place.arrived_seconds, self.request_timeout_seconds)
@@ -261,7 +306,7 @@ class LocalBackend(Backend):
         body: models.CompletionRequest | models.ChatCompletionRequest,
         most_tokens: int | None,
         num_logprobs: int | None,
-        num_prompt_logprobs: int | None = None,
+        num_echo_logprobs: int | None = None,
     ) -> SamplingParams:
         """The engine's parameters. Raises InvalidField for what depends on the model."""
         logit_bias = {int(token_id): bias for token_id, bias in body.logit_bias.items()}
@@ -278,6 +323,7 @@ class LocalBackend(Backend):
             raise InvalidField("min_tokens", reason)
         stop_tokens = {token_id: token_id for token_id in body.stop_token_ids}
         stop = (*body.stop, *(() if body.ignore_eos else self.defaults.stop))
+        of_prompt = [n for n in (num_echo_logprobs, body.prompt_logprobs) if n is not None]
         sampling = self.defaults.sampling_of(body)
         sampling["top_k"] = max(0, sampling["top_k"])
         if sampling["top_p"] == 0:
@@ -295,7 +341,8 @@ class LocalBackend(Backend):
             stop_token_ids={**stop_tokens, **self._special_stops(stop)},
             includes_stop=body.include_stop_str_in_output,
             num_logprobs=num_logprobs,
-            num_prompt_logprobs=num_prompt_logprobs,
+            num_prompt_logprobs=max(of_prompt, default=None),
+            ranks_prompt=body.prompt_logprobs is not None,
             seed=body.seed,
             rules=self.defaults.rules,
         )
@@ -339,22 +386,47 @@ class LocalBackend(Backend):
     def _chat_prompt(self, body: models.ChatCompletionRequest, texts: list[str]) -> Pieces[Prompt]:
         """A conversation, by the model's own template. texts: of its messages."""
         self.log_prompts(texts)
-        messages = [
-            {"role": "system" if message.role == "developer" else message.role, "content": text}
-            for message, text in zip(body.messages, texts, strict=True)
-        ]
-        prompt = self._apply_chat_template("messages", messages)
+        prompt = self._apply_chat_template("messages", as_template_reads(body.messages))
         yield
         token_ids = self._encode(prompt, add_special_tokens=False)
         self._check_length(len(token_ids), body.most_tokens)
         return (yield from self._prompt("messages", texts, token_ids))
 
-    def _apply_chat_template(self, field: str, messages: list[dict[str, str]]) -> str:
+    def _tokens(self, body: models.TokenizeRequest) -> Pieces[Tokens]:
+        """What the tokenizer makes of a text or a conversation."""
+        adds_special_tokens = body.add_special_tokens
+        if body.messages is not None:
+            messages = as_template_reads(body.messages)
+            text = self._apply_chat_template("messages", messages, body.add_generation_prompt)
+            yield
+        else:
+            text = body.prompt or ""
+            adds_special_tokens = adds_special_tokens is not False
+        token_ids = self._encode(text, add_special_tokens=bool(adds_special_tokens))
+        if not body.return_token_strs:
+            return Tokens(token_ids, None)
+        token_strs: list[str] = []
+        for start in range(0, len(token_ids), PIECE_TOKENS):
+            yield
+            piece = token_ids[start : start + PIECE_TOKENS]
+            token_strs += self.tokenizer.convert_ids_to_tokens(piece)
+        return Tokens(token_ids, token_strs)
+
+    def _decoded(self, token_ids: list[int]) -> Pieces[str]:
+        yield
+        # `decode` would keep Python's lock.
+        backend = self.tokenizer.backend_tokenizer
+        (text,) = backend.decode_batch([token_ids], skip_special_tokens=False)
+        return str(text)
+
+    def _apply_chat_template(
+        self, field: str, messages: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
         """The conversation as the model reads it. Raises InvalidField, whatever the template does,
         which is a program that came with the model."""
         try:
             prompt: str = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False
+                messages, add_generation_prompt=add_generation_prompt, tokenize=False
             )
         except Exception as error:
             reason = f"the model's chat template failed ({type(error).__name__})"
@@ -400,6 +472,18 @@ class LocalBackend(Backend):
         return self.engine.read_prompt(token_ids)
 
 
+def texts_of(messages: list[models.ChatMessage]) -> list[str]:
+    return [message.text for message in messages]
+
+
+def as_template_reads(messages: list[models.ChatMessage]) -> list[dict[str, str]]:
+    """The messages of a conversation as chat templates know them, which have no developers."""
+    return [
+        {"role": "system" if each.role == "developer" else each.role, "content": each.text}
+        for each in messages
+    ]
+
+
 LogprobsForm = Literal["completion", "chat"] | None
 
 
@@ -407,7 +491,9 @@ class LocalGeneration(Generation):
     """The sequences of requests that were submitted to an engine together.
 
     logprobs_form: of which route's log probabilities; None: none are wanted.
+    num_top: of so many likeliest tokens; None: as many as there are.
     echo: the text of each request's prompt, if answers begin with it.
+    tells_prompt: whether the first delta of a choice has the tokens of its prompt.
     """
 
     def __init__(
@@ -415,15 +501,20 @@ class LocalGeneration(Generation):
         backend: LocalBackend,
         requests: list[EngineRequest],
         deadline: Deadline,
+        *,
         logprobs_form: LogprobsForm = None,
+        num_top: int | None = None,
         echo: list[str] | None = None,
+        tells_prompt: bool = False,
     ):
         self.model_name = backend.name
         self.backend = backend
         self.requests = requests
         self.deadline = deadline
         self.logprobs_form = logprobs_form
+        self.num_top = num_top
         self.echo = echo
+        self.tells_prompt = tells_prompt
         self._num_completion_tokens = 0
         self._logprobs: dict[int, ChoiceLogprobs] = {}  # of each choice that has begun
 
@@ -457,7 +548,9 @@ class LocalGeneration(Generation):
                 async for delta in deltas:
                     yield self._text_delta(delta, is_first=delta.index not in begun)
                     begun.add(delta.index)
-                    if self.logprobs_form:  # long to write, and many may be here already
+                    if (
+                        self.logprobs_form or self.tells_prompt
+                    ):  # long to write, and many may be here already
                         await asyncio.sleep(0)
         except TimeoutError:
             raise DeadlineExceeded(self.deadline.timeout_seconds) from None
@@ -468,16 +561,18 @@ class LocalGeneration(Generation):
     def _text_delta(self, delta: Delta, is_first: bool) -> TextDelta:
         self._num_completion_tokens += len(delta.token_ids)
         text, logprobs, prompt = delta.text, None, None
+        at = delta.index // self.requests[0].num_sequences
         if self.echo and is_first:
-            at = delta.index // self.requests[0].num_sequences
             prompt = (self.echo[at], self.requests[at])
             text = self.echo[at] + text
         if self.logprobs_form:
             if is_first:
                 self._logprobs[delta.index] = ChoiceLogprobs(self.backend.spelling)
             written = self._logprobs[delta.index]
-            is_chat = self.logprobs_form == "chat"
-            logprobs = written.chat(delta) if is_chat else written.completion(delta, prompt)
+            if self.logprobs_form == "chat":
+                logprobs = written.chat(delta)
+            else:
+                logprobs = written.completion(delta, prompt, self.num_top)
         return TextDelta(
             delta.index,
             text,
@@ -485,4 +580,11 @@ class LocalGeneration(Generation):
             [token.logprob for token in delta.logprobs],
             delta.finish_reason,
             delta.stop_reason,
+            delta.token_ids,
+            self._prompt_tokens(self.requests[at]) if self.tells_prompt and is_first else None,
         )
+
+    def _prompt_tokens(self, request: EngineRequest) -> PromptTokens:
+        has_logprobs = request.params.ranks_prompt
+        logprobs = self.backend.spelling.of_prompt(request) if has_logprobs else None
+        return PromptTokens(request.prompt_token_ids, logprobs)

@@ -236,13 +236,16 @@ def _draw_of_likeliest(
 
 
 def collect_logprobs(
-    logits: Tensor, token_ids: SequenceOf[int], num_top: int
+    logits: Tensor, token_ids: SequenceOf[int], num_top: int, ranks: bool = False
 ) -> list[PositionLogprobs]:
-    """Of token_ids[i] and the `num_top` likeliest tokens, at each row of logits (B, vocab)."""
+    """Of token_ids[i] and the `num_top` likeliest tokens, at each row of logits (B, vocab).
+    ranks: whether with a rank."""
     collected = []
     for row, token_id in zip(logits, token_ids, strict=True):  # in turn: B may be large
         logprobs = torch.log_softmax(row.float(), dim=-1).clamp_(min=LOWEST_LOGPROB)
         values, ids = logprobs.topk(num_top)
         top = list(zip(ids.tolist(), values.tolist(), strict=True))
-        collected.append(PositionLogprobs(token_id, logprobs[token_id].item(), top))
+        own = logprobs[token_id]
+        rank = 1 + int(torch.count_nonzero(logprobs > own)) if ranks else None
+        collected.append(PositionLogprobs(token_id, own.item(), top, rank=rank))
     return collected

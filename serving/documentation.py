@@ -24,6 +24,12 @@ ERRORS: Responses = {
     503: {"model": models.Error, "description": "Overloaded or stopping; see Retry-After"},
     504: {"model": models.Error, "description": "The request took too long"},
 }
+# Of what generates nothing: no forbidden prompt, no model that fails.
+TOKEN_ERRORS: Responses = {
+    400: {"model": models.Error, "description": "The model has no chat template"},
+    **{status: ERRORS[status] for status in (404, 413, 415, 422, 503, 504)},
+}
+TOKENIZER_ERRORS: Responses = {status: ERRORS[status] for status in (404, 422)}
 EVENTS: Responses = {
     200: {
         "content": {

@@ -19,6 +19,12 @@ LOADED_AT_SECONDS = int(time.time())
 openai_routes = APIRouter(tags=["openai"], route_class=BoundedRoute)
 
 
+def refuse_in_stream(body: models.OpenAIRequest) -> None:
+    """Raises InvalidField for what no chunk has a place for."""
+    if body.stream and body.prompt_logprobs is not None:
+        raise InvalidField("prompt_logprobs", "cannot be had in a stream")
+
+
 @openai_routes.post(
     "/v1/completions", response_model=models.Completion, responses=OPENAI_ERRORS | COMPLETION_CHUNKS
 )
@@ -33,6 +39,7 @@ async def create_completion(
         raise InvalidField("best_of", "must not be below n")
     if body.num_drawn > body.n and body.stream:
         raise InvalidField("best_of", "must be n in a stream")
+    refuse_in_stream(body)
     backend = service.backend(body.model)
     generation = await admit(http, backend.submit_completion(body, client=client))
     return await CompletionBuilder(body, generation, backend, service.settings).respond(http)
@@ -55,6 +62,7 @@ async def create_chat_completion(
     `top_k`, `min_p`, `repetition_penalty` or the length, that is taken."""
     if body.top_logprobs and not body.logprobs:
         raise InvalidField("top_logprobs", "needs logprobs")
+    refuse_in_stream(body)
     backend = service.backend(body.model)
     generation = await admit(http, backend.submit_chat(body, client=client))
     return await ChatBuilder(body, generation, backend, service.settings).respond(http)

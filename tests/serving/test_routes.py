@@ -157,6 +157,7 @@ def test_get_routes_have_head_which_generates_nothing(
         ("/generate/text", "GET, HEAD, POST"),
         ("/v1/completions", "POST"),
         ("/v1/models", "GET, HEAD"),
+        ("/tokenize", "POST"),
         ("/static/page.js", "GET, HEAD"),
     ],
 )
@@ -315,7 +316,7 @@ def test_path_of_a_file_never_reaches_the_model(
         ("GET", "/version", "/openapi.json"),
         ("GET", "/info", "/openapi.json"),
         ("GET", "/props", "/v1/models"),
-        ("GET", "/tokenizer_info", "no such API"),
+        ("GET", "/tokenize", "POST /tokenize"),
         ("GET", "/health/", "/health"),
         ("GET", "/health/ready", "/ready"),
         ("POST", "/completions", "/v1/completions"),

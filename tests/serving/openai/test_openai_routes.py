@@ -485,6 +485,8 @@ INVALID: list[tuple[dict[str, Any], str | None]] = [
     ({"n": 2, "best_of": 1}, "best_of"),
     ({"best_of": 2, "stream": True}, "best_of"),
     ({"logprobs": 21}, "logprobs"),
+    ({"prompt_logprobs": -1}, "prompt_logprobs"),
+    ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
     ({"stop": ["a"] * 17}, "stop"),
     ({"stop": ""}, "stop"),
     ({"stop_token_ids": [8192]}, "stop_token_ids"),
@@ -890,14 +892,15 @@ TALES = [
 def test_lm_eval_measures_what_the_model_itself_gives(
     address: str, reference: Any, tmp_path: Path
 ) -> None:
-    """lm-eval's `local-completions` scores token ids with `echo`; nothing is mocked."""
+    """lm-eval's `local-completions` has texts tokenized here and scores the ids with `echo`;
+    nothing is mocked."""
     file = tmp_path / "tales.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TALES))
     for name, task in (("tales", ROLLING_TASK), ("endings", CHOICE_TASK)):
         (tmp_path / f"{name}.yaml").write_text(task.replace("FILE", str(file)))
     model_args = (
-        f"model={NAME},base_url={address}/v1/completions,tokenizer={FOLDER},"
-        "tokenizer_backend=huggingface,max_length=512,num_concurrent=2"
+        f"model={NAME},base_url={address}/v1/completions,tokenizer_backend=remote,"
+        "max_length=512,num_concurrent=2"
     )
     command = [
         sys.executable, "-m", "lm_eval", "run", "--model", "local-completions",
@@ -918,6 +921,74 @@ def test_lm_eval_measures_what_the_model_itself_gives(
     bits_per_byte = nats / math.log(2) / sum(len(text.encode()) for text in TALES)
     assert results["tales"]["bits_per_byte,none"] == pytest.approx(bits_per_byte, abs=1e-3)
     assert results["endings"]["acc,none"] == 1.0
+
+
+# --- Tokens -------------------------------------------------------------------------------------
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("streams", [False, True])
+def test_completion_tells_token_ids(client: OpenAI, streams: bool) -> None:
+    params = {"prompt": [PROMPT, "A fox"], "n": 2, "extra_body": {"return_token_ids": True}}
+    answer = complete(client, **params, stream=streams)
+    texts, token_ids, prompts = ["", "", "", ""], [[], [], [], []], [[], [], [], []]
+    for choice in [c for chunk in answer for c in chunk.choices] if streams else answer.choices:
+        texts[choice.index] += choice.text
+        token_ids[choice.index] += choice.token_ids
+        prompts[choice.index] += getattr(choice, "prompt_token_ids", [])
+    assert [tokenizer.decode(each) for each in token_ids] == texts
+    assert prompts == [ids(PROMPT), ids(PROMPT), ids("A fox"), ids("A fox")]
+
+
+@pytest.mark.contract
+def test_completion_token_ids_are_those_that_usage_counts(client: OpenAI) -> None:
+    """Those of a stop string, which the text leaves out, are among them."""
+    extra = {"return_token_ids": True}
+    answer = complete(client, max_tokens=30, stop=["e"], extra_body=extra)
+    assert len(answer.choices[0].token_ids) == answer.usage.completion_tokens
+    assert "e" in tokenizer.decode(answer.choices[0].token_ids)
+
+
+def test_completion_prompt_logprobs_are_the_models_own(client: OpenAI, reference: Any) -> None:
+    extra = {"prompt_logprobs": 2}
+    answer = complete(client, max_tokens=0, extra_body=extra)
+    first, *rest = answer.choices[0].prompt_logprobs
+    assert (first, answer.choices[0].text) == (None, "")
+    with torch.inference_mode():
+        logprobs = reference(torch.tensor([ids(PROMPT)])).logits[0].log_softmax(-1)
+    assert len(rest) == len(ids(PROMPT)) - 1
+    for row, token_id, told in zip(logprobs, ids(PROMPT)[1:], rest, strict=False):
+        own = told[str(token_id)]
+        assert own["logprob"] == pytest.approx(row[token_id].item(), abs=1e-3)
+        assert own["rank"] == 1 + (row > row[token_id]).sum().item()
+        assert own["decoded_token"] == tokenizer.decode([token_id])
+        ranks = {each["rank"]: int(id_) for id_, each in told.items()}
+        assert [ranks[1], ranks[2]] == row.topk(2).indices.tolist()
+        assert set(told) == {str(id_) for id_ in (token_id, ranks[1], ranks[2])}
+
+
+def test_completion_echo_and_prompt_logprobs_each_have_their_number(client: OpenAI) -> None:
+    extra = {"prompt_logprobs": 5}
+    choice = complete(client, max_tokens=1, echo=True, logprobs=1, extra_body=extra).choices[0]
+    assert {len(top) for top in choice.logprobs.top_logprobs[1:]} <= {1, 2}
+    assert {len(top) for top in choice.prompt_logprobs[1:]} <= {5, 6}
+    plain = complete(client, max_tokens=1, echo=True, logprobs=1).choices[0]
+    assert choice.logprobs == plain.logprobs
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_chat_tells_token_ids_of_the_prompt_once(client: OpenAI, streams: bool) -> None:
+    extra = {"return_token_ids": True} | ({} if streams else {"prompt_logprobs": 0})
+    answer = chat(client, "Hi", n=2, extra_body=extra, stream=streams)
+    chunks = list(answer) if streams else [answer]
+    told = [chunk.prompt_token_ids for chunk in chunks if hasattr(chunk, "prompt_token_ids")]
+    assert told == [ids("[user]Hi\n[assistant]")]
+    counts = [0, 0]
+    for choice in (choice for chunk in chunks for choice in chunk.choices):
+        counts[choice.index] += len(getattr(choice, "token_ids", []))
+    assert counts == [12, 12]
+    if not streams:
+        assert [len(top or {}) for top in answer.prompt_logprobs] == [0] + [1] * (len(told[0]) - 1)
 
 
 @pytest.mark.parametrize("more", [{}, {"echo": True}])
