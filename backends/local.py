@@ -84,6 +84,8 @@ class LocalBackend(Backend):
         self.reader = reader
         self.defaults = defaults or AuthorsDefaults()
         self.log_prompts = log_prompts or (lambda prompts: None)
+        self.is_base_model = False  # which continues texts, whatever template it was given
+        self.turn_ends: tuple[str, ...] = ()  # strings that end an answer in a conversation
         model = engine.model
         kernel = engine.kernel.name
         self.about = About(str(model.dtype), model.device.type, kernel, instruction_set())
@@ -149,6 +151,18 @@ class LocalBackend(Backend):
         if self.engine.is_full and self.is_loaded:
             return f"the queue of {self.name} is full"
         return None
+
+    def set_chat_template(self, template: str) -> None:
+        """Has conversations read by this template; an answer ends where the next turn would begin.
+        Raises InvalidField for a template that does not work."""
+        self.is_base_model = not self.tokenizer.chat_template
+        self.tokenizer.chat_template = template
+        said = (("user", "A question"), ("assistant", "An answer"), ("user", "Another one"))
+        messages = [{"role": role, "content": content} for role, content in said]
+        text = self._apply_chat_template("messages", messages)
+        before_answer = text.partition("A question")[2].partition("An answer")[0]
+        before_question = text.partition("An answer")[2].partition("Another one")[0]
+        self.turn_ends = (*turn_ends(before_question), *turn_ends(before_answer))
 
     def unload(self) -> None:
         """Takes the model out of memory, once it has answered what came before. Blocks."""
@@ -238,7 +252,9 @@ class LocalBackend(Backend):
             num_prompt_tokens = len(prompt.token_ids)
             num_logprobs = body.top_logprobs if body.logprobs else None
             most_tokens = body.most_tokens if body.names_length else self.defaults.max_new_tokens
-            sampling = self._sampling_params(body, most_tokens, num_logprobs)
+            sampling = self._sampling_params(
+                body, most_tokens, num_logprobs, turn_ends=self.turn_ends
+            )
             num_new_tokens = self._num_new_tokens(prompt, most_tokens)
             await client.reserve(num_prompt_tokens, body.n * num_new_tokens)
             requests = self.engine.submit_all([prompt], sampling, place=place, streams=body.stream)
@@ -248,6 +264,7 @@ class LocalBackend(Backend):
             deadline,
             logprobs_form="chat" if body.logprobs else None,
             tells_prompt=body.asks_of_prompt,
+            strips_start=self.is_base_model,
         )
 
     async def tokenize(self, body: models.TokenizeRequest, *, client: Client) -> Tokens:
@@ -307,6 +324,7 @@ class LocalBackend(Backend):
         most_tokens: int | None,
         num_logprobs: int | None,
         num_echo_logprobs: int | None = None,
+        turn_ends: tuple[str, ...] = (),
     ) -> SamplingParams:
         """The engine's parameters. Raises InvalidField for what depends on the model."""
         logit_bias = {int(token_id): bias for token_id, bias in body.logit_bias.items()}
@@ -322,7 +340,9 @@ class LocalBackend(Backend):
             reason = f"must not be above the {max_tokens} tokens to generate"
             raise InvalidField("min_tokens", reason)
         stop_tokens = {token_id: token_id for token_id in body.stop_token_ids}
-        stop = (*body.stop, *(() if body.ignore_eos else self.defaults.stop))
+        stop = tuple(body.stop)
+        if not body.ignore_eos:
+            stop += (*self.defaults.stop, *turn_ends)
         of_prompt = [n for n in (num_echo_logprobs, body.prompt_logprobs) if n is not None]
         sampling = self.defaults.sampling_of(body)
         sampling["top_k"] = max(0, sampling["top_k"])
@@ -355,7 +375,7 @@ class LocalBackend(Backend):
         """A prompt; is_chat: what a conversation begins with, if the model takes one."""
         options = {}
         written = text
-        if is_chat and self.tokenizer.chat_template:
+        if is_chat and self.tokenizer.chat_template and not self.is_base_model:
             text = self._apply_chat_template("prompt", [{"role": "user", "content": text}])
             options = {"add_special_tokens": False}
         return (yield from self._prompt("prompt", [written], self._encode(text, **options)))
@@ -476,6 +496,16 @@ def texts_of(messages: list[models.ChatMessage]) -> list[str]:
     return [message.text for message in messages]
 
 
+def turn_ends(between: str) -> list[str]:
+    """The stop strings that tell of a new turn; between: what stands before one in a conversation.
+    Other lines may stand there than the template has, so one line's end before it is enough."""
+    opening = between.strip()
+    if not opening:
+        return []
+    whole = between.rstrip()
+    return list(dict.fromkeys([whole, "\n" + opening] if whole[0] == "\n" else [whole]))
+
+
 def as_template_reads(messages: list[models.ChatMessage]) -> list[dict[str, str]]:
     """The messages of a conversation as chat templates know them, which have no developers."""
     return [
@@ -494,6 +524,8 @@ class LocalGeneration(Generation):
     num_top: of so many likeliest tokens; None: as many as there are.
     echo: the text of each request's prompt, if answers begin with it.
     tells_prompt: whether the first delta of a choice has the tokens of its prompt.
+    strips_start: whether a text begins with its first word: what follows `Assistant:` in a play
+    has a blank before it.
     """
 
     def __init__(
@@ -506,6 +538,7 @@ class LocalGeneration(Generation):
         num_top: int | None = None,
         echo: list[str] | None = None,
         tells_prompt: bool = False,
+        strips_start: bool = False,
     ):
         self.model_name = backend.name
         self.backend = backend
@@ -515,8 +548,10 @@ class LocalGeneration(Generation):
         self.num_top = num_top
         self.echo = echo
         self.tells_prompt = tells_prompt
+        self.strips_start = strips_start
         self._num_completion_tokens = 0
         self._logprobs: dict[int, ChoiceLogprobs] = {}  # of each choice that has begun
+        self._with_text: set[int] = set()  # choices of which a client has more than nothing
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -565,6 +600,10 @@ class LocalGeneration(Generation):
         if self.echo and is_first:
             prompt = (self.echo[at], self.requests[at])
             text = self.echo[at] + text
+        if self.strips_start and delta.index not in self._with_text:
+            text = text.lstrip()
+            if text:
+                self._with_text.add(delta.index)
         if self.logprobs_form:
             if is_first:
                 self._logprobs[delta.index] = ChoiceLogprobs(self.backend.spelling)

@@ -68,9 +68,10 @@ async def create_chat_completion(
     return await ChatBuilder(body, generation, backend, service.settings).respond(http)
 
 
-def describe_model(backend: Backend) -> dict[str, Any]:
+def describe_model(name: str, backend: Backend) -> dict[str, Any]:
+    """A model under one of its names."""
     return {
-        "id": backend.name,
+        "id": name,
         "object": "model",
         "created": LOADED_AT_SECONDS,
         "owned_by": backend.owned_by,
@@ -82,8 +83,9 @@ def describe_model(backend: Backend) -> dict[str, Any]:
 @openai_routes.get("/v1/models", response_model=models.ModelList)
 async def list_models(service: CurrentService) -> Any:
     """The served models, the default one first."""
-    backends = service.registry.backends.values()
-    return {"object": "list", "data": [describe_model(backend) for backend in backends]}
+    names = service.registry.names
+    described = [describe_model(name, service.backend(name)) for name in names]
+    return {"object": "list", "data": described}
 
 
 @openai_routes.head("/v1/models/{model_id:path}", include_in_schema=False)
@@ -94,4 +96,6 @@ async def list_models(service: CurrentService) -> Any:
 )
 async def retrieve_model(http: Request, model_id: str, service: CurrentService) -> Any:
     """One served model."""
-    return describe_model(service.backend(with_slashes(http.scope, model_id)))
+    name = with_slashes(http.scope, model_id)
+    backend = service.backend(name)
+    return describe_model(name or backend.name, backend)

@@ -27,6 +27,7 @@ import main
 from backends.local import LocalBackend
 from backends.reader import Reader
 from engine import Engine
+from serving.chat_templates import PLAIN_TEMPLATE
 from serving.content_filter import ContentFilter
 from tests.support import (
     FOLDER,
@@ -755,6 +756,39 @@ def test_chat_stream_says_what_the_whole_answer_says(client: OpenAI) -> None:
     assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
 
 
+@pytest.mark.parametrize("streams", [False, True])
+def test_chat_of_a_base_model_is_one_turn_of_a_play(
+    client: OpenAI,
+    backends: dict[str, LocalBackend],
+    streams: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend = backends[NAME]
+    for name in ("is_base_model", "turn_ends"):
+        monkeypatch.setattr(backend, name, getattr(backend, name))
+    monkeypatch.setattr(backend.tokenizer, "chat_template", None)
+    backend.set_chat_template(PLAIN_TEMPLATE)
+    head = backend.engine.model.lm_head
+    forward, said = head.forward, iter(ids("\n Yes, said the fox.\nUser: And then?"))
+
+    def say(hidden: Any) -> Any:
+        logits = forward(hidden)
+        logits[..., next(said)] = 1e4
+        return logits
+
+    monkeypatch.setattr(head, "forward", say)
+    answer = chat(client, "Is it so?", model=NAME, max_tokens=20, stream=streams)
+    if streams:
+        *_, last = choices = [choice for chunk in answer for choice in chunk.choices]
+        content = "".join(choice.delta.content for choice in choices)
+    else:
+        (last,) = answer.choices
+        content = last.message.content
+        assert answer.usage.prompt_tokens == len(ids("User: Is it so?\nAssistant:"))
+    assert content == "Yes, said the fox."
+    assert (last.finish_reason, last.stop_reason) == ("stop", "\nUser:")
+
+
 def test_chat_takes_its_own_answer_back(client: OpenAI) -> None:
     """The client sends an answer back with the null fields that it came with."""
     first = {"role": "user", "content": "Hello"}
@@ -838,6 +872,20 @@ def test_models_are_listed_and_retrieved(client: OpenAI) -> None:
         assert client.models.retrieve(model.id) == model
         assert model.object == "model"
         assert math.isclose(model.created, time.time(), abs_tol=1e5)
+
+
+def test_models_have_further_names(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those given in MODEL_NAME are listed; what a folder is called is only understood."""
+    monkeypatch.setattr(main.registry, "aliases", {"story": NAME})
+    monkeypatch.setattr(main.registry, "own_names", {"folder": "org/chat"})
+    listed = httpx.get(f"{address}/v1/models").json()["data"]
+    assert [each["id"] for each in listed] == [NAME, "org/chat", "story"]
+    for name in ("story", "folder"):
+        assert httpx.get(f"{address}/v1/models/{name}").json()["id"] == name
+        body = {"model": name, "prompt": PROMPT, "max_tokens": 1}
+        answer = httpx.post(f"{address}/v1/completions", json=body)
+        assert answer.status_code == 200
+        assert answer.json()["model"] == {"story": NAME, "folder": "org/chat"}[name]
 
 
 def test_models_with_a_slash_in_the_path(address: str) -> None:
