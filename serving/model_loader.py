@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import httpx
 import torch
 from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
-from huggingface_hub.utils import enable_progress_bars
+from huggingface_hub.utils.tqdm import enable_progress_bars
 from pydantic import SecretStr
 from transformers.utils.logging import disable_progress_bar
 
