@@ -121,6 +121,10 @@ class LocalBackend(Backend):
         return self.engine.vocab_size
 
     @property
+    def takes_chat(self) -> bool:
+        return bool(self.tokenizer.chat_template)
+
+    @property
     def max_num_seqs(self) -> int:
         return self.engine.scheduler.max_num_seqs
 
@@ -241,7 +245,7 @@ class LocalBackend(Backend):
     async def submit_chat(
         self, body: models.ChatCompletionRequest, *, client: Client
     ) -> Generation:
-        if not self.tokenizer.chat_template:
+        if not self.takes_chat:
             raise NoChatTemplate(self.name)
         texts = texts_of(body.messages)
         self._check_num_sequences("n", body.n)
@@ -268,7 +272,7 @@ class LocalBackend(Backend):
         )
 
     async def tokenize(self, body: models.TokenizeRequest, *, client: Client) -> Tokens:
-        if body.messages is not None and not self.tokenizer.chat_template:
+        if body.messages is not None and not self.takes_chat:
             raise NoChatTemplate(self.name)
         texts = [body.prompt or ""] if body.messages is None else texts_of(body.messages)
         with self.engine.place(client.identity) as place:  # all that it takes of the engine
@@ -375,7 +379,7 @@ class LocalBackend(Backend):
         """A prompt; is_chat: what a conversation begins with, if the model takes one."""
         options = {}
         written = text
-        if is_chat and self.tokenizer.chat_template and not self.is_base_model:
+        if is_chat and self.takes_chat and not self.is_base_model:
             text = self._apply_chat_template("prompt", [{"role": "user", "content": text}])
             options = {"add_special_tokens": False}
         return (yield from self._prompt("prompt", [written], self._encode(text, **options)))

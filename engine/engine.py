@@ -421,6 +421,8 @@ class Engine:
     def _append(self, seq: Sequence, token_id: int | InferenceError) -> Delta | None:
         """What the client gains by this token. Raises InferenceError where there is none, or the
         text cannot go on."""
+        if seq.request.failure:
+            raise seq.request.failure
         if isinstance(token_id, InferenceError):
             raise token_id
         try:
