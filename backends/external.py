@@ -342,9 +342,9 @@ class ExternalBackend(Backend):
     ) -> Generation:
         """texts: what a prompt filter reads; before: what the answers follow on; changes: to the
         client's body; num_new_tokens: as many as may be generated."""
-        for field in ("prompt_logprobs", "return_token_ids"):
-            if getattr(body, field) not in (None, False):
-                raise InvalidField(field, f"cannot be had of {self.name}, an external model")
+        if body.asks_of_prompt:
+            field = "return_token_ids" if body.return_token_ids else "prompt_logprobs"
+            raise InvalidField(field, f"cannot be had of {self.name}, an external model")
         deadline = self._new_deadline()
         self.log_prompts(texts)
         # A null stands for a seed that is to be drawn.

@@ -51,7 +51,10 @@ PLAIN_TEXT: Responses = {
 NOT_READY: Responses = {
     503: {"model": models.Readiness, "description": "A request would be refused"}
 }
-NO_CHAT = "No model that is served here has a chat template: every request is answered 400."
+NO_CHAT = (
+    "No model that is served here has a chat template, which CHAT_TEMPLATE can give it: every "
+    "request is answered 400."
+)
 OPENAI_REFUSALS: dict[int | str, str] = {
     400: "Invalid, forbidden (`content_filter`) or too long (`context_length_exceeded`)",
     404: "No such model (`model_not_found`)",

@@ -131,7 +131,7 @@ async def refuse_long_prompt(http: Request, error: ContextExceeded) -> JSONRespo
 
 
 async def refuse_chat(http: Request, error: NoChatTemplate) -> JSONResponse:
-    message = f"{error.model_name} has no chat template: use /v1/completions"
+    message = f"{error.model_name} has no chat template: use /v1/completions, or set CHAT_TEMPLATE"
     return error_response(http.scope, 400, message, param="model")
 
 
