@@ -5,7 +5,7 @@ import math
 from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as SequenceOf
 from contextlib import aclosing
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 from jinja2 import TemplateError
@@ -29,6 +29,7 @@ from backends.base import (
     holds_forbidden_word,
     new_token_budget,
 )
+from backends.conversations import as_template_reads, find_turn_ends, texts_of
 from backends.generation_config import AuthorsDefaults
 from backends.logprobs import ChoiceLogprobs, TokenSpelling
 from backends.reader import Pieces, Reader, read_at_once
@@ -161,12 +162,7 @@ class LocalBackend(Backend):
         Raises InvalidField for a template that does not work."""
         self.is_base_model = not self.tokenizer.chat_template
         self.tokenizer.chat_template = template
-        said = (("user", "A question"), ("assistant", "An answer"), ("user", "Another one"))
-        messages = [{"role": role, "content": content} for role, content in said]
-        text = self._apply_chat_template("messages", messages)
-        before_answer = text.partition("A question")[2].partition("An answer")[0]
-        before_question = text.partition("An answer")[2].partition("Another one")[0]
-        self.turn_ends = (*turn_ends(before_question), *turn_ends(before_answer))
+        self.turn_ends = find_turn_ends(partial(self._apply_chat_template, "messages"))
 
     def unload(self) -> None:
         """Takes the model out of memory, once it has answered what came before. Blocks."""
@@ -494,28 +490,6 @@ class LocalBackend(Backend):
                 raise ForbiddenPrompt(field)
             yield
         return self.engine.read_prompt(token_ids)
-
-
-def texts_of(messages: list[models.ChatMessage]) -> list[str]:
-    return [message.text for message in messages]
-
-
-def turn_ends(between: str) -> list[str]:
-    """The stop strings that tell of a new turn; between: what stands before one in a conversation.
-    Other lines may stand there than the template has, so one line's end before it is enough."""
-    opening = between.strip()
-    if not opening:
-        return []
-    whole = between.rstrip()
-    return list(dict.fromkeys([whole, "\n" + opening] if whole[0] == "\n" else [whole]))
-
-
-def as_template_reads(messages: list[models.ChatMessage]) -> list[dict[str, str]]:
-    """The messages of a conversation as chat templates know them, which have no developers."""
-    return [
-        {"role": "system" if each.role == "developer" else each.role, "content": each.text}
-        for each in messages
-    ]
 
 
 LogprobsForm = Literal["completion", "chat"] | None

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from backends.local import turn_ends
 from serving.chat_templates import EVERY_OTHER, PLAIN_TEMPLATE, read_chat_templates
 from serving.settings import Settings
 from tests.support import FOLDER, NAME, tokenizer
@@ -64,17 +63,3 @@ def test_plain_template_reads_like_a_play() -> None:
     )
     expected = "Two friends talk.\nUser: Hello!\nAssistant: Hi.\nUser: What now?\nAssistant:"
     assert written == expected
-
-
-@pytest.mark.parametrize(
-    ("between", "stops"),
-    [
-        ("\nUser: ", ["\nUser:"]),
-        ("\n\n### Human:\n", ["\n\n### Human:", "\n### Human:"]),
-        ("<|im_end|>\n<|im_start|>user\n", ["<|im_end|>\n<|im_start|>user"]),
-        ("\n", []),
-        ("", []),
-    ],
-)
-def test_answer_ends_at_what_stands_before_the_next_turn(between: str, stops: list[str]) -> None:
-    assert turn_ends(between) == stops
