@@ -29,10 +29,12 @@ RESERVED = {
     "figures are at GET /metrics": "load prometheus slots stats api/metrics v1/metrics",
     "the API is described at GET /docs": """
         api api-docs apidocs graphql openapi openapi.yaml swagger swagger-ui v1/docs v2 v3""",
+    "tokens are at POST /tokenize and POST /detokenize": """
+        detokenize tokenize v1/detokenize v1/tokenize""",
     "there is no such API here": """
-        apply-template classify collective_rpc detokenize embedding embeddings flush_cache get_load
-        is_paused is_sleeping lora-adapters pooling rerank responses score static-offline-docs
-        tokenize tokenizer_info v1/embeddings v1/responses""",
+        apply-template classify collective_rpc embedding embeddings flush_cache get_load is_paused
+        is_sleeping lora-adapters pooling rerank responses score static-offline-docs v1/embeddings
+        v1/responses""",
 }
 RIGHT_PATHS = {f"/{path}": told for told, paths in RESERVED.items() for path in paths.split()}
 
