@@ -12,15 +12,19 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+MOST_SECONDS = 300
 READ_BY_LIBRARIES = ("HF_", "ATEN_", "ONEDNN_", "OMP_", "GOMP_")  # when they are imported
 
-_context = multiprocessing.get_context("forkserver")
+# Elsewhere what libraries do when they are imported may not be forked.
+IS_LINUX = sys.platform == "linux"
+_context = multiprocessing.get_context("forkserver" if IS_LINUX else "spawn")
 LIBRARIES = ["uvicorn.main", "fastapi_offline", "transformers.pipelines.text_generation"]
 ROOMS = ["serving.registry", "serving.routes", "serving.openai.routes"]
 _context.set_forkserver_preload([*LIBRARIES, *ROOMS, "fastapi.testclient"])
@@ -28,28 +32,28 @@ _context.set_forkserver_preload([*LIBRARIES, *ROOMS, "fastapi.testclient"])
 
 def can_fork(environment: dict[str, str]) -> bool:
     """Whether a process with such changes of the environment may be forked."""
-    return hasattr(os, "fork") and not any(
-        name.startswith(READ_BY_LIBRARIES) for name in environment
-    )
+    return IS_LINUX and not any(name.startswith(READ_BY_LIBRARIES) for name in environment)
 
 
 def _begin(
     arguments: list[str], environment: dict[str, str], stdout: Connection, stderr: Connection | None
 ) -> None:
-    """What Python does with these arguments: `-m` and a module, or `-c` and code; then its own."""
+    """What Python does with these arguments: `-m` and a module, `-c` and code, or a script."""
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
     os.dup2(stdout.fileno(), 1)
     if stderr:
         os.dup2(stderr.fileno(), 2)
-    option, what, *rest = arguments
+    option, what, *rest = arguments if arguments[0].startswith("-") else ("", *arguments)
     sys.argv = [option if option == "-c" else what, *rest]
     try:
         if option == "-m":
             runpy.run_module(what, run_name="__main__", alter_sys=True)
-        else:
+        elif option == "-c":
             exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
+        else:
+            runpy.run_path(what, run_name="__main__")
     finally:
         atexit._run_exitfuncs()
 
@@ -101,7 +105,8 @@ class Forked:
 
 
 def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """As `subprocess.run` of this Python, with what it writes; the environment is added to."""
+    """As `subprocess.run` of this Python, with what it writes; the environment is added to. What
+    does not end is ended."""
     if not can_fork(environment):
         return subprocess.run(
             [sys.executable, *arguments],
@@ -109,9 +114,12 @@ def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProce
             env=os.environ | environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=MOST_SECONDS,
         )
     process = Forked(list(arguments), os.environ | environment, pipes_stderr=True)
+    too_late = threading.Timer(MOST_SECONDS, process.kill)
+    too_late.start()
     with ThreadPoolExecutor(2) as pool, process.stdout, process.stderr:
         stdout, stderr = pool.map(lambda pipe: pipe.read(), (process.stdout, process.stderr))
-    return subprocess.CompletedProcess(list(arguments), process.wait(120), stdout, stderr)
+    too_late.cancel()
+    return subprocess.CompletedProcess(list(arguments), process.wait(), stdout, stderr)
