@@ -149,7 +149,7 @@ def fillers(engine: Engine, count: int) -> list[Coroutine[Any, Any, Any]]:
 
 def check_seeds(engine: Engine) -> None:
     """Not only the texts, the logits themselves have to be the same to the last bit."""
-    wanted = [{"max_new_tokens": 60, "num_logprobs": 2, "ignore_eos": True, **r} for r in SEEDED]
+    wanted = [{"max_new_tokens": 40, "num_logprobs": 2, "ignore_eos": True, **r} for r in SEEDED]
     alone = [run(answer(engine, **request))[0] for request in wanted]
     others = fillers(engine, 30)
     requests = [answer(engine, **request) for request in wanted]
