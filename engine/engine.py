@@ -388,6 +388,7 @@ class Engine:
     def step(self) -> None:
         """Everyone running gains a token, or several where its draft is right, or gives some back
         to the filter."""
+        started_seconds = time.monotonic()
         with self._lock:
             admitted = self.scheduler.schedule(self._unload_before_id)
         running = list(self.scheduler.running)
@@ -396,27 +397,33 @@ class Engine:
         drafts = [] if admitted else self.drafter.draft(running, until_renewal)
         stats = _begin_stats(admitted, len(running) - len(admitted), drafts)
         logits = self.runner.forward(running, len(admitted), drafts)
-        token_ids = self._advance(running, logits, drafts, stats)
+        logits, *drafted = logits.split([len(running), *map(len, drafts)])
+        token_ids = sample_tokens(logits, running, self.eos_token_ids)
+        self.scheduler.count_step(time.monotonic() - started_seconds)
+        self._advance(running, token_ids, drafts, drafted, stats)
         if self.on_step:
             self.on_step(stats)
         if all(isinstance(token_id, InferenceError) for token_id in token_ids):
             self.runner.probe()  # raises if it is the model, and not what clients ask for
 
     def _advance(
-        self, running: list[Sequence], logits: Tensor, drafts: list[list[int]], stats: StepStats
-    ) -> list[int | InferenceError]:
-        """Gives each sequence its next token, one more to those whose drafted one it is, and so on.
-        Hands out deltas, frees what has finished; gives back what was drawn first.
+        self,
+        running: list[Sequence],
+        token_ids: list[int | InferenceError],
+        drafts: list[list[int]],
+        drafted: list[Tensor],
+        stats: StepStats,
+    ) -> None:
+        """Gives each sequence its token, one more to those whose drafted one it is, and so on;
+        hands out deltas, frees what has finished.
 
-        logits: as `ModelRunner.forward` gives them for these drafts.
+        drafted: of each draft, the logits (tokens, vocab) of what comes behind its tokens.
         """
-        logits, *drafted = logits.split([len(running), *map(len, drafts)])
         num_before = [len(seq.output_token_ids) for seq in running]
         num_rollbacks, outbox = self.output.num_rollbacks, Outbox()
-        rows: SequenceOf[int] = range(len(running))
         try:
-            token_ids = sample_tokens(logits, running, self.eos_token_ids)
             self._postprocess(running, token_ids, stats, outbox)
+            rows: SequenceOf[int] = range(len(running))
             for depth in range(max(map(len, drafts), default=0)):
                 rows = [
                     row
@@ -429,8 +436,8 @@ class Engine:
                 stats.num_accepted_tokens += len(rows)
                 seqs = [running[row] for row in rows]
                 logits = torch.cat([drafted[row][depth : depth + 1] for row in rows])
-                more_token_ids = sample_tokens(logits, seqs, self.eos_token_ids)
-                self._postprocess(seqs, more_token_ids, stats, outbox)
+                token_ids = sample_tokens(logits, seqs, self.eos_token_ids)
+                self._postprocess(seqs, token_ids, stats, outbox)
             stats.num_rollbacks = self.output.num_rollbacks - num_rollbacks
             # Not before: a sequence that moves takes along keys and values of the tokens it has.
             for seq in running:
@@ -438,7 +445,6 @@ class Engine:
                     self._free(seq)
         finally:  # so that an error at one sequence takes nothing from those before it
             outbox.send()
-        return token_ids
 
     def _postprocess(
         self,
@@ -471,6 +477,8 @@ class Engine:
     def _append(self, seq: Sequence, token_id: int | InferenceError) -> Delta | None:
         """What the client gains by this token. Raises InferenceError where there is none, or the
         text cannot go on."""
+        if seq.request.failure:
+            raise seq.request.failure
         if isinstance(token_id, InferenceError):
             raise token_id
         try:

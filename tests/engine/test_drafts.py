@@ -145,9 +145,9 @@ KINDS: list[dict[str, Any]] = [
     {"temperature": 0.3, "rules": RULES},
     {"temperature": 0.3, "n": 3},
     {"temperature": 0, "max_new_tokens": 2},
-    {"temperature": 0.8, "max_new_tokens": 64},
+    {"temperature": 0.8, "max_new_tokens": 40},
 ]
-PROMPTS = (PROMPT, "ha one ha one ha one ha one", LONG_PROMPT, LONG_PROMPT[:150], "The")
+PROMPTS = (PROMPT, "ha one ha one ha one ha one", LONG_PROMPT[:110], "The")
 
 
 def texts(count: int) -> list[dict[str, Any]]:
@@ -157,7 +157,7 @@ def texts(count: int) -> list[dict[str, Any]]:
             "prompt": PROMPTS[i % len(PROMPTS)],
             "seed": i,
             "streams": i % 2 == 0,
-            "max_new_tokens": 16,
+            "max_new_tokens": 14,
             **KINDS[i % len(KINDS)],
         }
         for i in range(count)
@@ -214,8 +214,8 @@ def check_texts(
     num_drafted = sum(stats.num_draft_tokens for stats in steps)
     assert num_drafted / 4 < sum(stats.num_accepted_tokens for stats in steps) < num_drafted
     assert sum(stats.num_rollbacks for stats in steps) > 0
-    alone = [run(deltas(engine, **request))[0] for request in requests[:6]]
-    assert [sorted(a, key=lambda delta: delta.index) for a in alone] == expected[:6]
+    alone = [run(deltas(engine, **request))[0] for request in requests[:3]]
+    assert [sorted(a, key=lambda delta: delta.index) for a in alone] == expected[:3]
 
 
 @pytest.fixture(scope="module")
@@ -239,4 +239,4 @@ def test_texts_are_the_same_with_drafts_in_floats(
     """With as many rows as have been measured to change nothing."""
     engine = request.getfixturevalue(name)
     monkeypatch.setattr(engine.output, "text_filter", ContentFilter("hate*,king,so"))
-    check_texts(engine, monkeypatch, count=19, num_together=4)
+    check_texts(engine, monkeypatch, count=12, num_together=4)
