@@ -559,8 +559,8 @@ def test_logits_of_nan_end_their_own_sequence_alone(
     """They ended all sequences of the step, or, greedy, gave any token."""
     forward = small_engine.runner.forward
 
-    def broken(running: list[Sequence], num_admitted: int) -> torch.Tensor:
-        logits = forward(running, num_admitted)
+    def broken(running: list[Sequence], num_admitted: int, drafts: Any) -> torch.Tensor:
+        logits = forward(running, num_admitted, drafts)
         for row, seq in enumerate(running):
             if seq.params.seed == 13 and len(seq.output_token_ids) == 3:
                 logits[row, 5] = torch.nan
