@@ -9,6 +9,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -74,19 +75,17 @@ def serve(connection: Connection, maker: str, options: dict[str, object], num_th
     maker: `module:Class`; options: what the class takes.
     """
     stand_back()
-    try:
-        made = load(maker, options, num_threads)
-    except Exception as error:  # of many libraries, each with errors of its own
-        connection.send(Unloadable(first_line(error)))
-        return
-    connection.send(made.loaded)
-    while True:
+    with suppress(EOFError, OSError):  # the service has gone
         try:
+            made = load(maker, options, num_threads)
+        except Exception as error:  # of many libraries, each with errors of its own
+            connection.send(Unloadable(first_line(error)))
+            return
+        connection.send(made.loaded)
+        while True:
             message = connection.recv()
             if isinstance(message, Order):  # else a Cancel that came too late
                 connection.send(fill(made, message, Steps(connection, message)))
-        except (EOFError, OSError):
-            return  # the service has gone
 
 
 def stand_back() -> None:

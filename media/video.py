@@ -36,6 +36,8 @@ def encode_mp4(frames: np.ndarray, frames_per_second: int) -> bytes:
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for frame in np.ascontiguousarray((frames * 255).round().clip(0, 255), np.uint8):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+            # Left to the encoder, the conversion gives other bytes once in a hundred times.
+            picture = av.VideoFrame.from_ndarray(frame, "rgb24").reformat(format="yuv420p")
+            container.mux(stream.encode(picture))
         container.mux(stream.encode())
     return content.getvalue()

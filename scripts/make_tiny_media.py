@@ -201,6 +201,8 @@ def bark() -> tuple[BarkModel, BarkProcessor]:
         codec_config=codec | {"model_type": "encodec"},
     )
     model = BarkModel(config)
+    for layer in model.codec_model.quantizer.layers:
+        layer.codebook.embed.normal_()  # else zeros, and every sound the same
     semantic = BarkSemanticGenerationConfig(
         eos_token_id=1000, semantic_pad_token=1000, semantic_vocab_size=1000,
         text_encoding_offset=1005, text_pad_token=12_959, semantic_infer_token=12_958,

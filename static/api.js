@@ -106,11 +106,33 @@ async function* events(response) {
       if (done) return;
       const blocks = (rest + value).split("\n\n");
       rest = blocks.pop();
-      for (const block of blocks) if (block.startsWith("data: ")) yield block.slice(6);
+      for (const block of blocks) { // One may begin with its name, and a comment has no data.
+        const data = block.split("\n").find((line) => line.startsWith("data: "));
+        if (data) yield data.slice(6);
+      }
     }
   } finally { // When we stop reading, the service stops generating.
     reader.cancel().catch(() => {});
   }
+}
+
+/** Asks for a sound, picture, video or shape, and gives its steps and then the result. */
+export async function* makeMedia(kind, body, signal) {
+  const response = await fetch(`generate/${kind}`, {
+    method: "POST",
+    headers: { "Content-Type": "application/json", ...keyHeader() },
+    body: JSON.stringify({ ...body, stream: true }),
+    signal,
+  }).catch(lostConnection);
+  if (!response.ok) throw await problemOf(response);
+  for await (const data of events(response)) {
+    const told = parsed(data);
+    if (told?.detail) throw new Problem("It came to nothing.", { said: told.detail });
+    if (!told) throw new Problem("The answer came garbled: something on its way changed it. Try again.");
+    yield told;
+    if (told.content) return;
+  }
+  throw gone();
 }
 
 /** Asks for a completion and gives its chunks as they stream in. */

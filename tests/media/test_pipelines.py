@@ -32,7 +32,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "video": {"steps": 2, "num_frames": 4, "size": "64x80"},
     "3d": {"steps": 2, "grid_size": 16},
 }
-LONG = {"prompt": "a fox", "steps": 150, "size": "256x256"}  # some twenty seconds
+LONG = {"prompt": "a fox", "steps": 150, "size": "160x160"}  # some five seconds
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +48,7 @@ def service(tiny: Path) -> Iterator[Served]:
     models = {"AUDIO_MODEL": "audio", "IMAGE_MODEL": "image", "VIDEO_MODEL": "video"}
     settings = {name: str(tiny / kind) for name, kind in models.items()}
     settings |= {"SHAPE_MODEL": str(tiny / "3d"), "USAGE_LOG": str(tiny / "usage.csv")}
-    with served(API_KEYS="secret", MAX_MEDIA_STEPS="150", **settings) as service:
+    with served(ready_seconds=180, API_KEYS="secret", **settings) as service:
         yield service
 
 
@@ -151,7 +151,7 @@ def test_events_tell_of_steps_with_previews_and_end_with_the_result(http: httpx.
         ("3d", {"size": "64x64"}, ["body", "size"], "Extra inputs are not permitted"),
         (
             "audio",
-            {"prompt": "x" * 300, "seconds": 1},
+            {"prompt": "," * 300, "seconds": 1},
             ["body"],
             "The text is longer than the 256 tokens that the model reads",
         ),
@@ -279,7 +279,7 @@ def test_lora_changes_the_picture(tiny: Path) -> None:
 def test_sigterm_lets_a_job_end(service: Served, http: httpx.Client) -> None:
     """The last one here: the server has gone after it."""
     answers: list[httpx.Response] = []
-    body = LONG | {"steps": 10}
+    body = LONG | {"steps": 50, "size": "64x64"}
     asking = threading.Thread(
         target=lambda: answers.append(http.post("/generate/image", json=body))
     )
