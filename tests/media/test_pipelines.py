@@ -8,24 +8,21 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 import wave
-from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from tests.support import ROOT, Served, events, metric, served, stream, wait_until
+from tests.support import Served, events, metric, stream, wait_until
 
 pytestmark = [pytest.mark.media, pytest.mark.filterwarnings("ignore")]
 
-KEY = {"Authorization": "Bearer secret"}
 FIELDS: dict[str, dict[str, Any]] = {
     "audio": {"seconds": 0.3},
     "image": {"steps": 3},
@@ -35,27 +32,16 @@ FIELDS: dict[str, dict[str, Any]] = {
 LONG = {"prompt": "a fox", "steps": 150, "size": "160x160"}  # some five seconds
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    script = ROOT / "scripts" / "make_tiny_media.py"
-    subprocess.run([sys.executable, script, folder], check=True, capture_output=True)
-    return folder
+def process_of(service: Served) -> int:
+    """Of the model that is at work: the one that has used most of its time just now."""
 
+    def ticks(pid: str) -> int:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11])
 
-@pytest.fixture(scope="module")
-def service(tiny: Path) -> Iterator[Served]:
-    models = {"AUDIO_MODEL": "audio", "IMAGE_MODEL": "image", "VIDEO_MODEL": "video"}
-    settings = {name: str(tiny / kind) for name, kind in models.items()}
-    settings |= {"SHAPE_MODEL": str(tiny / "3d"), "USAGE_LOG": str(tiny / "usage.csv")}
-    with served(ready_seconds=180, API_KEYS="secret", **settings) as service:
-        yield service
-
-
-@pytest.fixture(scope="module")
-def http(service: Served) -> Iterator[httpx.Client]:
-    with service.client(**KEY) as client:
-        yield client
+    children = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children")
+    before = {pid: ticks(pid) for pid in children.read_text().split()}
+    time.sleep(0.5)
+    return int(max(before, key=lambda pid: ticks(pid) - before[pid]))
 
 
 def make(http: httpx.Client, kind: str, seed: int = 7, **fields: Any) -> httpx.Response:
@@ -63,19 +49,6 @@ def make(http: httpx.Client, kind: str, seed: int = 7, **fields: Any) -> httpx.R
     answer = http.get(f"/generate/{kind}", params=asked)
     assert answer.status_code == 200, answer.text
     return answer
-
-
-def process_of(service: Served, kind: str) -> int:
-    """The one that has used most of its time just now."""
-
-    def ticks(pid: str) -> int:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return int(fields[11])
-
-    pids = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children")
-    before = {pid: ticks(pid) for pid in pids.read_text().split()}
-    time.sleep(0.5)
-    return int(max(before, key=lambda pid: ticks(pid) - before[pid]))
 
 
 @pytest.mark.parametrize(
@@ -165,11 +138,12 @@ def test_field_that_cannot_be_had_is_refused(
     assert (answer.status_code, problem["loc"], problem["msg"]) == (422, loc, msg)
 
 
-def test_forbidden_prompt_and_missing_key_are_refused_as_for_text(service: Served) -> None:
+def test_forbidden_prompt_and_missing_key_are_refused_as_for_text(
+    service: Served, http: httpx.Client
+) -> None:
     with service.client() as stranger:
         assert stranger.get("/generate/image", params={"prompt": "a"}).status_code == 401
-    with service.client(**KEY) as http:
-        refused = http.get("/generate/image", params={"prompt": "I hate it"})
+    refused = http.get("/generate/image", params={"prompt": "I hate it"})
     told = {"detail": "Prompt contains inappropriate content"}
     assert (refused.status_code, refused.json()) == (400, told)
 
@@ -218,7 +192,7 @@ def test_process_killed_in_the_middle_of_a_job_ends_that_alone(
     )
     asking.start()
     wait_until(lambda: metric(http.get("/metrics").text, "media_jobs_running") == 1)
-    os.kill(process_of(service, "image"), signal.SIGKILL)
+    os.kill(process_of(service), signal.SIGKILL)
     asking.join()
     told = {"detail": "The model's process died while it made this; it starts again"}
     assert (answers[0].status_code, answers[0].json()) == (500, told)
@@ -274,6 +248,20 @@ def test_lora_changes_the_picture(tiny: Path) -> None:
 
     plain, changed = draw(None), draw(str(tiny / "lora.safetensors"))
     assert plain != changed == draw(str(tiny / "lora.safetensors"))
+
+
+def test_picture_that_the_models_own_checker_withholds_is_refused(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pipeline gives a black one instead, and only says so beside it."""
+    from media.image import ImageMaker
+    from media.messages import RefusedFields
+
+    maker = ImageMaker(str(tiny / "image"))
+    withheld = SimpleNamespace(images=[], nsfw_content_detected=[True])
+    monkeypatch.setattr(maker, "run", lambda fields, on_step: withheld)
+    with pytest.raises(RefusedFields, match="safety checker withheld"):
+        maker.make({}, lambda step, of, preview=None: None)
 
 
 def test_sigterm_lets_a_job_end(service: Served, http: httpx.Client) -> None:
