@@ -8,7 +8,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect, sync_playwright
 
-from tests.support import Served
+from tests.support import Served, wait_until
 
 pytestmark = [pytest.mark.media, pytest.mark.filterwarnings("ignore")]
 
@@ -24,7 +24,7 @@ def page(service: Served) -> Iterator[Page]:
     complaints: list[str] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page()
+        page = browser.new_context().new_page()
         page.set_default_timeout(60_000)
         expect.set_options(timeout=60_000)
         page.on("pageerror", lambda error: complaints.append(str(error)))
@@ -75,7 +75,7 @@ def test_page_shows_what_came_of_it(
     ask(page, kind, **fields)
     expect(page.locator(f"#result {shown}")).to_be_visible()
     if kind != "3d":  # it can be played
-        page.wait_for_function(f"document.querySelector('#result {shown}').duration > 0")
+        wait_until(lambda: page.evaluate(f"document.querySelector('#result {shown}').duration > 0"))
 
 
 def test_page_tells_what_is_wrong_with_a_field(page: Page) -> None:

@@ -221,6 +221,7 @@ def test_client_that_leaves_stops_its_job(service: Served, http: httpx.Client) -
 def test_log_and_usage_log_tell_of_a_job(service: Served, tiny: Path, http: httpx.Client) -> None:
     id_ = make(http, "video").headers["x-request-id"]
     wait_until(lambda: id_ in (tiny / "usage.csv").read_text())
+    wait_until(lambda: any(id_ in line for line in service.lines))
     (line,) = (line for line in service.log() if line["request_id"] == id_)
     assert (line["route"], line["status"], line["model"]) == ("/generate/video", 200, "video")
     assert line["key"] == "key-1"
