@@ -1,7 +1,8 @@
 // The page for all but text starts here: a tab for each kind that is served, a form, a result.
 
-import { describe, dropKey, isStop, keepKey, key, makeMedia, Problem } from "./api.js";
+import { describe, dropKey, isStop, keepKey, key, Problem } from "./api.js";
 import { $, make, say } from "./browser.js";
+import { makeMedia } from "./media_api.js";
 import { linkTo, readFields, readLink, showFields } from "./media_fields.js";
 import { Progress, showResult } from "./media_result.js";
 import { askForKey, showKeyField, tell, waitToRetry } from "./notice.js";
