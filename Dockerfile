@@ -4,11 +4,13 @@
 FROM python:3.12-slim AS build
 # Empty: PyPI's torch, which brings CUDA. PyTorch's CPU index makes the image several GB smaller.
 ARG TORCH_INDEX_URL=""
-COPY requirements.txt ./
+# requirements-media.txt also makes sounds, pictures, videos and shapes (docs/media.md).
+ARG REQUIREMENTS=requirements.txt
+COPY requirements.txt requirements-media.txt ./
 # The environment gets no pip of its own: it is copied whole into the final image.
 RUN python -m venv --without-pip /opt/venv \
     && pip --python /opt/venv/bin/python install --no-cache-dir \
-        ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} -r requirements.txt
+        ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} -r "$REQUIREMENTS"
 
 FROM python:3.12-slim
 ENV PATH=/opt/venv/bin:$PATH \
@@ -24,6 +26,7 @@ WORKDIR /app
 COPY main.py models.py neutral_values.py ./
 COPY engine/ engine/
 COPY backends/ backends/
+COPY media/ media/
 COPY serving/ serving/
 COPY static/ static/
 COPY gpt2-tales/ gpt2-tales/

@@ -64,6 +64,7 @@ from serving.documentation import ERRORS, EVENTS, document_app, operation_id
 from serving.error_handlers import add_error_handlers
 from serving.http_protocol import OpenConnections
 from serving.logs import set_up_logging
+from serving.media_routes import media_routes
 from serving.metrics import tell_version
 from serving.middleware import (
     ApiKeyMiddleware,
@@ -203,4 +204,5 @@ async def generate(
 app.include_router(text_routes)
 app.include_router(openai_routes)
 app.include_router(token_routes)
+app.include_router(media_routes(registry.media))
 app.include_router(prompt_route)  # last: it takes any path

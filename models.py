@@ -26,7 +26,9 @@ from pydantic import (
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from neutral_values import (
+    NEUTRAL_IMAGE_VALUES,
     NEUTRAL_MESSAGE_VALUES,
+    NEUTRAL_SPEECH_VALUES,
     NEUTRAL_VALUES,
     drop_neutral,
     under_known_names,
@@ -277,8 +279,8 @@ class _FromQuery(BaseModel):
     """Reads a strict schema from a query string, where everything is text."""
 
     @field_validator(
-        "max_length", "max_new_tokens", "top_k", "seed", "num_return_sequences",
-        mode="before", check_fields=False,
+        "max_length", "max_new_tokens", "top_k", "seed", "num_return_sequences", "steps",
+        "num_frames", "frames_per_second", "grid_size", mode="before", check_fields=False,
     )  # fmt: skip
     @classmethod
     def _decimal_digits(cls, value: Any) -> Any:
@@ -863,3 +865,208 @@ class OpenAIErrorBody(BaseModel):
 
 class OpenAIError(BaseModel):
     error: OpenAIErrorBody
+
+
+# --- Sounds, pictures, videos, shapes -----------------------------------------------------------
+
+# Settings may lower the upper ones.
+MAX_STEPS = 150
+MIN_SIDE_PIXELS, MAX_SIDE_PIXELS = 64, 2048
+MAX_AUDIO_SECONDS = 60.0
+MAX_VIDEO_FRAMES = 256
+MIN_GRID_SIZE, MAX_GRID_SIZE = 16, 256
+MAX_IMAGES = 4  # of one request on `/v1`
+MAX_IMAGE_PROMPT_CHARACTERS = 4000  # there, as OpenAI has it
+MAX_SPEECH_CHARACTERS = 4096  # OpenAI's own limit
+
+SIZE = re.compile("([1-9][0-9]{1,3})x([1-9][0-9]{1,3})")
+
+
+def _size_in_pixels(size: str) -> str:
+    """The size itself. Refuses what is no size, and sides out of range."""
+    sides = SIZE.fullmatch(size)
+    bounds = range(MIN_SIDE_PIXELS, MAX_SIDE_PIXELS + 1)
+    if not sides or not all(int(side) in bounds for side in sides.groups()):
+        reason = f"must be like 512x512, each side from {MIN_SIDE_PIXELS} to {MAX_SIDE_PIXELS}"
+        raise ValueError(reason)
+    return size
+
+
+class _Media(_Strict):
+    # The models of a service that makes text alone are not built.
+    model_config = ConfigDict(defer_build=True)
+
+
+class MediaFields(_Media):
+    """What is said of everything that is made."""
+
+    prompt: Prompt
+    seed: Left[Annotated[int, AfterValidator(_of_64_bits)]] = Field(
+        default=None,
+        description="Any 64-bit integer: the same one, with the same prompt and parameters, gives "
+        "the same result. -1 draws one; the header `X-Seed` tells which.",
+        examples=[42],
+        json_schema_extra={"format": "int64"},
+    )
+
+
+class StreamChoice(_Media):
+    stream: bool = Field(
+        default=False,
+        description="Tell of every step as a server-sent event; the last one holds the result.",
+    )
+
+
+class DiffusionFields(_Media):
+    """How noise becomes what was asked for."""
+
+    steps: Left[Annotated[int, Field(ge=1, le=MAX_STEPS)]] = Field(
+        default=None, description="If left out, the pipeline's own default.", examples=[25]
+    )
+    guidance: Left[Annotated[float, Field(ge=0, le=30)]] = Field(
+        default=None,
+        description="How closely the prompt is followed; if left out, the pipeline's own default.",
+        examples=[7.5],
+    )
+
+
+class SizeField(_Media):
+    size: Left[Annotated[str, AfterValidator(_size_in_pixels)]] = Field(
+        default=None,
+        description="Width and height in pixels; if left out, the pipeline's own.",
+        examples=["512x512"],
+    )
+
+
+class ImageFields(SizeField, DiffusionFields, MediaFields):
+    """What a picture is made of."""
+
+
+class ImageRequest(StreamChoice, ImageFields):
+    """`POST /generate/image`"""
+
+
+class ImageQuery(_FromQuery, ImageFields):
+    """`GET /generate/image`"""
+
+    model_config = ConfigDict(strict=False)
+
+
+class AudioFields(MediaFields):
+    """What a sound is made of."""
+
+    seconds: Left[Annotated[float, Field(gt=0, le=MAX_AUDIO_SECONDS)]] = Field(
+        default=None,
+        description="The longest that it may become; 10 if left out, of models that take a length.",
+        examples=[5],
+    )
+
+
+class AudioRequest(StreamChoice, AudioFields):
+    """`POST /generate/audio`"""
+
+
+class AudioQuery(_FromQuery, AudioFields):
+    """`GET /generate/audio`"""
+
+    model_config = ConfigDict(strict=False)
+
+
+class VideoFields(SizeField, DiffusionFields, MediaFields):
+    """What a video is made of."""
+
+    num_frames: Left[Annotated[int, Field(ge=1, le=MAX_VIDEO_FRAMES)]] = Field(
+        default=None, description="If left out, the pipeline's own default.", examples=[16]
+    )
+    frames_per_second: Annotated[int, Field(ge=1, le=60)] = 8
+
+
+class VideoRequest(StreamChoice, VideoFields):
+    """`POST /generate/video`"""
+
+
+class VideoQuery(_FromQuery, VideoFields):
+    """`GET /generate/video`"""
+
+    model_config = ConfigDict(strict=False)
+
+
+class ShapeFields(DiffusionFields, MediaFields):
+    """What a shape is made of."""
+
+    grid_size: Left[Annotated[int, Field(ge=MIN_GRID_SIZE, le=MAX_GRID_SIZE)]] = Field(
+        default=None,
+        description="Points a side of the grid that the surface is found on, 128 if left out; what "
+        "it takes grows with the cube of it.",
+        examples=[64],
+    )
+
+
+class ShapeRequest(StreamChoice, ShapeFields):
+    """`POST /generate/3d`"""
+
+
+class ShapeQuery(_FromQuery, ShapeFields):
+    """`GET /generate/3d`"""
+
+    model_config = ConfigDict(strict=False)
+
+
+class ImageGenerationRequest(SizeField, DiffusionFields, MediaFields):
+    """`POST /v1/images/generations`"""
+
+    prompt: Annotated[
+        str,
+        StringConstraints(min_length=1, max_length=MAX_IMAGE_PROMPT_CHARACTERS),
+        AfterValidator(_plain_text),
+    ]
+    model: Left[Text] = Field(default=None, max_length=256)
+    n: Annotated[int, Field(ge=1, le=MAX_IMAGES)] = 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_cannot_be_done(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        fields = drop_neutral(body, cls.model_fields, NEUTRAL_IMAGE_VALUES)
+        if fields.get("size") == "auto":
+            del fields["size"]
+        return fields
+
+
+class GeneratedImage(BaseModel):
+    b64_json: str = Field(description="A PNG in base64.")
+    seed: int = Field(description="With which `n: 1` gives the same picture.")
+
+
+class GeneratedImages(BaseModel):
+    created: int = Field(description="In seconds since 1970.")
+    data: list[GeneratedImage]
+    output_format: str = Field(examples=["png"])
+    model: str
+
+
+SpeechFormat = Literal["mp3", "opus", "aac", "flac", "wav", "pcm"]
+
+
+class SpeechRequest(_Media):
+    """`POST /v1/audio/speech`"""
+
+    model: Text = Field(max_length=256)
+    input: Annotated[
+        str,
+        StringConstraints(min_length=1, max_length=MAX_SPEECH_CHARACTERS),
+        AfterValidator(_plain_text),
+    ]
+    response_format: SpeechFormat = "mp3"
+    seed: Left[Annotated[int, AfterValidator(_of_64_bits)]] = Field(
+        default=None, json_schema_extra={"format": "int64"}
+    )
+    seconds: Left[Annotated[float, Field(gt=0, le=MAX_AUDIO_SECONDS)]] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_cannot_be_done(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        return drop_neutral(body, cls.model_fields, NEUTRAL_SPEECH_VALUES)

@@ -83,6 +83,17 @@ NEUTRAL_MESSAGE_VALUES: dict[str, Any] = {
     "annotations": [[]], "tool_calls": [[]], "files": [[]], "images": [[]],
     "refusal": [""], "function_call": [], "audio": [], "tool_call_id": [], "prefix": [False],
 }  # fmt: skip
+# The same of OpenAI's pictures and speech.
+NEUTRAL_IMAGE_VALUES: dict[str, Any] = {
+    "user": ANYTHING, "response_format": ["b64_json"], "output_format": ["png"],
+    "output_compression": [100], "quality": ["auto", "standard"], "style": [],
+    "background": ["auto", "opaque"], "moderation": ["auto"], "partial_images": [0],
+    "stream": [False],
+}  # fmt: skip
+NEUTRAL_SPEECH_VALUES: dict[str, Any] = {
+    "user": ANYTHING, "speed": [1], "instructions": [""], "stream_format": ["audio"],
+    "voice": ["alloy", "default"],
+}  # fmt: skip
 
 
 def unsupported(field: str, values: list[Any]) -> PydanticCustomError:

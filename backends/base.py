@@ -5,6 +5,7 @@ It raises errors of the domain, never HTTP ones:
 
 EngineError (engine)
  +- QueueFullError, InferenceError, EngineStoppedError (engine)
+ |   +- MediaQueueFull, JobFailed, JobRefused  the same of what media/ makes. Recoverable.
  +- BackendError
      +- ForbiddenPrompt    the content filter found a forbidden word. Recoverable.
      +- InvalidField       a field cannot be had, for this model or this prompt. Recoverable.
@@ -25,7 +26,15 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import models
-from engine import Engine, EngineError, FinishReason, StopReason, TextFilter
+from engine import (
+    Engine,
+    EngineError,
+    FinishReason,
+    InferenceError,
+    QueueFullError,
+    StopReason,
+    TextFilter,
+)
 
 
 class BackendError(EngineError):
@@ -91,6 +100,26 @@ class DeadlineExceeded(BackendError):
     def __init__(self, seconds: float):
         super().__init__()
         self.seconds = seconds
+
+
+class MediaQueueFull(QueueFullError):
+    """So many sounds, pictures, videos or shapes wait for their model that no more may."""
+
+    def __init__(self, retry_after_seconds: int):
+        super().__init__()
+        self.retry_after_seconds = retry_after_seconds
+
+
+class JobFailed(InferenceError):
+    """A model of media/ did not make what it was to make; `reason` is for the client."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+class JobRefused(JobFailed):
+    """A model of media/ does not take the fields as they are."""
 
 
 async def reserve_nothing(num_prompt_tokens: int, num_new_tokens: int) -> None:

@@ -56,7 +56,7 @@ def cors_options(settings: Settings) -> dict[str, Any]:
         "allow_headers": ["*"],
         # Chrome asks for this where a public page calls a private address.
         "allow_private_network": True,
-        "expose_headers": ["X-Request-ID", "Retry-After", *told],
+        "expose_headers": ["X-Request-ID", "X-Seed", "Retry-After", *told],
     }
 
 

@@ -15,6 +15,9 @@ from backends.base import (
     DeadlineExceeded,
     ForbiddenPrompt,
     InvalidField,
+    JobFailed,
+    JobRefused,
+    MediaQueueFull,
     NoChatTemplate,
     Refused,
     Unreachable,
@@ -48,6 +51,8 @@ def failure_message(error: Exception) -> str:
     """What a client is told of an error that ended its text; the cause is in the log."""
     if isinstance(error, DeadlineExceeded):
         return f"The request took longer than {error.seconds:g} seconds"
+    if isinstance(error, JobFailed):
+        return error.reason
     return STOPPING if isinstance(error, EngineStoppedError) else "Model inference failed"
 
 
@@ -161,14 +166,22 @@ async def refuse_above_limit(http: Request, error: AboveLimit) -> JSONResponse:
 async def refuse_for_now(http: Request, error: Exception) -> JSONResponse:
     details = {
         QueueFullError: OVERLOADED,
+        MediaQueueFull: OVERLOADED,
         EngineStoppedError: STOPPING,
         Unreachable: UNREACHABLE,
         Busy: BUSY,
     }
     if isinstance(error, QueueFullError):
         QUEUE_REFUSALS.inc()
-    headers = retry_after(error.retry_after_seconds) if isinstance(error, Busy) else retry_after()
+    if isinstance(error, Busy | MediaQueueFull):
+        headers = retry_after(error.retry_after_seconds)
+    else:
+        headers = retry_after()
     return error_response(http.scope, 503, details[type(error)], headers)
+
+
+async def refuse_job(http: Request, error: JobRefused) -> JSONResponse:
+    return refuse_fields(http, [value_error(input_place(http), msg=error.reason)])
 
 
 async def report_failed_inference(http: Request, error: InferenceError) -> JSONResponse:
@@ -233,6 +246,7 @@ HANDLERS: dict[type[Exception], Any] = {
     EngineStoppedError: refuse_for_now,
     Unreachable: refuse_for_now,
     Busy: refuse_for_now,
+    JobRefused: refuse_job,
     InferenceError: report_failed_inference,
     DeadlineExceeded: report_timeout,
     ClientGone: close_for_nobody,

@@ -15,11 +15,11 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from io import TextIOWrapper
 from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
-from typing import Any, TextIO, cast
+from typing import Any, Protocol, TextIO, cast
 
 from pythonjsonlogger.json import JsonFormatter
 
-from backends.base import Generation
+from engine import FinishReason
 from serving.settings import Settings, refuse_setting
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
@@ -38,6 +38,25 @@ FLUSH_SECONDS = 1.0  # that the exit waits for whoever reads the log
 
 logger = logging.getLogger("service")
 usage_logger = logging.getLogger("usage")
+
+
+class Counted(Protocol):
+    """What is made for a request, as far as the log tells of it: a Generation, or a Job of
+    media/."""
+
+    model_name: str
+
+    @property
+    def num_prompt_tokens(self) -> int: ...
+
+    @property
+    def num_generated_tokens(self) -> int: ...
+
+    @property
+    def queue_seconds(self) -> float | None: ...
+
+    @property
+    def finish_reasons(self) -> set[FinishReason]: ...
 
 
 def add_to_log(**facts: Any) -> None:
@@ -211,8 +230,8 @@ def set_up_logging(settings: Settings) -> None:
         atexit.register(listener.stop)
 
 
-def add_generation_to_log(generation: Generation) -> None:
-    """The log line of the request under way will tell of this text."""
+def add_generation_to_log(generation: Counted) -> None:
+    """The log line of the request under way will tell of this."""
     facts = request_facts.get()
     if facts is not None:
         facts.setdefault("generations", []).append(generation)
@@ -220,9 +239,9 @@ def add_generation_to_log(generation: Generation) -> None:
         facts["model"] = f"{facts['model']},{name}" if "model" in facts else name
 
 
-def request_generations() -> list[Generation]:
-    """All texts of the request under way."""
-    generations: list[Generation] = (request_facts.get() or {}).get("generations", [])
+def request_generations() -> list[Counted]:
+    """All that is made for the request under way."""
+    generations: list[Counted] = (request_facts.get() or {}).get("generations", [])
     return generations
 
 
@@ -230,7 +249,7 @@ def log_request(
     method: str, route: str, status: int, seconds: float, facts: dict[str, Any]
 ) -> None:
     """Writes the line of a request that has ended, and its row of the usage log."""
-    generations: list[Generation] = facts.pop("generations", [])
+    generations: list[Counted] = facts.pop("generations", [])
     if generations:
         facts["prompt_tokens"] = sum(each.num_prompt_tokens for each in generations)
         facts["generated_tokens"] = sum(each.num_generated_tokens for each in generations)

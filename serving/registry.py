@@ -3,11 +3,13 @@
 import asyncio
 import sys
 from logging import getLogger
+from typing import TYPE_CHECKING
 
 from backends.base import Backend
 from backends.local import LocalBackend
 from serving.content_filter import ContentFilter
 from serving.logs import first_line
+from serving.media_loader import begin_media, finish_media
 from serving.model_loader import LoadPipeline, ModelLoader
 from serving.model_sources import (
     BUNDLED_MODEL,
@@ -18,6 +20,9 @@ from serving.model_sources import (
 )
 from serving.model_swapper import ModelSwapper
 from serving.settings import Settings
+
+if TYPE_CHECKING:
+    from media.backend import MediaBackend
 
 logger = getLogger("service")
 
@@ -33,7 +38,8 @@ class UnknownModel(Exception):
 class ModelRegistry:
     """The served models by name, the default one first.
 
-    aliases, own_names: further names of these models; own_names are not listed.
+    aliases, own_names: further names of these models; own_names are not listed. media: what makes
+    other things than text, by kind.
     """
 
     def __init__(
@@ -44,6 +50,7 @@ class ModelRegistry:
         own_names: dict[str, str] | None = None,
     ):
         self.backends = backends
+        self.media: dict[str, MediaBackend] = {}
         self.swapper = swapper or ModelSwapper()
         self.aliases = aliases or {}
         self.own_names = own_names or {}
@@ -63,8 +70,12 @@ class ModelRegistry:
 
     @property
     def num_unfinished(self) -> int:
-        """Sequences that run or wait."""
-        return sum(each.num_running + each.num_waiting for each in self.backends.values())
+        """Sequences, and jobs of media/, that run or wait."""
+        workers = [each.worker for each in self.media.values()]
+        num_jobs = sum(each.num_running + each.num_waiting for each in workers)
+        return num_jobs + sum(
+            each.num_running + each.num_waiting for each in self.backends.values()
+        )
 
     @property
     def is_computing(self) -> bool:
@@ -86,6 +97,8 @@ class ModelRegistry:
         """Takes requests, again after `stop`. To be called on the event loop."""
         for backend in self.backends.values():
             backend.start()
+        for each in self.media.values():
+            each.worker.start()
         self.swapper.start()
 
     async def stop(self) -> None:
@@ -94,11 +107,24 @@ class ModelRegistry:
 
     async def stop_backends(self) -> None:
         """Whatever they still hold ends with EngineStoppedError."""
-        backends = self.backends.values()
-        await asyncio.gather(*(asyncio.to_thread(backend.stop) for backend in backends))
+        stops = [backend.stop for backend in self.backends.values()]
+        stops += [each.worker.stop for each in self.media.values()]
+        await asyncio.gather(*map(asyncio.to_thread, stops))
 
 
 def load_models(
+    settings: Settings, content_filter: ContentFilter, load_pipeline: LoadPipeline
+) -> ModelRegistry:
+    """The models of MODEL_NAME, and those that make other things than text, loaded. Ends the
+    process with one line for a named one that cannot be."""
+    media = begin_media(settings, content_filter)  # which load beside those for text
+    registry = load_text_models(settings, content_filter, load_pipeline)
+    finish_media(media)
+    registry.media = media
+    return registry
+
+
+def load_text_models(
     settings: Settings, content_filter: ContentFilter, load_pipeline: LoadPipeline
 ) -> ModelRegistry:
     """The models of MODEL_NAME, loaded.

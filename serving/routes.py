@@ -34,6 +34,9 @@ from serving.streams import GenerationStream, StreamAborted, admit, event, finis
 STATIC = Path(__file__).parent.parent / "static"
 PAGE = (STATIC / "index.html").read_text(encoding="utf-8")
 STYLE = PAGE.partition("<style>")[2].partition("</style>")[0]
+# Of the page's header, in front of which the tabs stand if there are any.
+DOCUMENTATION_LINKS = '<nav aria-label="Documentation">'
+TABS = {"audio": "Sound", "image": "Picture", "video": "Video", "3d": "Shape"}
 PAGE_HEADERS = {
     "Cache-Control": "no-cache",
     "Vary": "Accept",
@@ -42,6 +45,12 @@ PAGE_HEADERS = {
     f"style-src 'sha256-{b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()}'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
 }
+# What static/media.html shows comes as bytes in an event.
+MEDIA_POLICY = (
+    "default-src 'none'; script-src 'self'; img-src 'self' blob:; media-src blob:; "
+    "style-src 'self'; connect-src 'self'; base-uri 'self'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
 
 service_routes = APIRouter(tags=["service"])
 
@@ -56,14 +65,26 @@ class PageFiles(StaticFiles):
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
         response = super().file_response(*args, **kwargs)
         response.headers["Cache-Control"] = "no-cache"
+        if response.media_type == "text/html":
+            response.headers["Content-Security-Policy"] = MEDIA_POLICY
         return response
+
+
+def with_tabs(page: str, service: Service) -> str:
+    """The page with links to static/media.html, one for each kind that is served."""
+    links = (
+        f'<a href="static/media.html#{kind}">{TABS[kind]}</a>' for kind in service.registry.media
+    )
+    tabs = f'<nav aria-label="Kinds"><a aria-current="page">Text</a>{"".join(links)}</nav>'
+    return page.replace(DOCUMENTATION_LINKS, tabs + DOCUMENTATION_LINKS, 1)
 
 
 @service_routes.head("/", include_in_schema=False)
 @service_routes.get("/", response_model=models.Health)
-async def root(http: Request) -> Any:
+async def root(http: Request, service: CurrentService) -> Any:
     """A page for browsers (`Accept: text/html`), `{"health": "ok"}` for everything else."""
     if "text/html" in http.headers.get("accept", ""):
+        page = with_tabs(PAGE, service) if service.registry.media else PAGE
         prefix = http.scope.get("root_path", "").rstrip("/")
         # A proxy may have served it without the slash that its own addresses begin at.
         base = f'<base href="{escape(prefix)}/">' if prefix else ""
@@ -73,7 +94,7 @@ async def root(http: Request) -> Any:
             headers["Content-Security-Policy"] = policy.replace(
                 "base-uri 'none'", "base-uri 'self'"
             )
-        return HTMLResponse(PAGE.replace("<head>", "<head>" + base, 1), headers=headers)
+        return HTMLResponse(page.replace("<head>", "<head>" + base, 1), headers=headers)
     return JSONResponse({"health": "ok"}, headers={"Vary": "Accept"})
 
 

@@ -8,6 +8,7 @@ from dotenv import load_dotenv
 from pydantic import Field, FilePath, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+import models
 from serving.counts import Counts, MemoryCounts
 
 
@@ -171,6 +172,69 @@ class Settings(BaseSettings):
     )
     usage_log_max_bytes: int = Field(
         default=10_000_000, ge=1000, description="It is rotated at this size; five old ones stay."
+    )
+    audio_model: str | None = Field(
+        default=None,
+        description="Hugging Face id or folder of a text-to-speech or text-to-audio model, served "
+        "at `/generate/audio`; this and the following need what `requirements-media.txt` installs.",
+    )
+    image_model: str | None = Field(
+        default=None,
+        description="Of a text-to-image pipeline of diffusers, served at `/generate/image`.",
+    )
+    video_model: str | None = Field(
+        default=None,
+        description="Of a text-to-video pipeline of diffusers, served at `/generate/video`.",
+    )
+    shape_model: str | None = Field(
+        default=None, description="Of a Shap-E pipeline of diffusers, served at `/generate/3d`."
+    )
+    image_lora: str | None = Field(
+        default=None,
+        description="Hugging Face id, folder or `.safetensors` file of LoRA weights that are "
+        "fused into `IMAGE_MODEL`.",
+    )
+    media_queue_size: int = Field(
+        default=8,
+        ge=1,
+        description="Sounds, pictures, videos or shapes of one client that may wait for their "
+        "model, and twice as many of all clients; one more is answered 503.",
+    )
+    media_timeout_seconds: float = Field(
+        default=600,
+        gt=0,
+        description="What `REQUEST_TIMEOUT_SECONDS` is for text, for sounds, pictures, videos and "
+        "shapes.",
+    )
+    max_media_steps: int = Field(
+        default=models.MAX_STEPS,
+        ge=1,
+        le=models.MAX_STEPS,
+        description="The most `steps` that a picture, video or shape may ask for.",
+    )
+    max_side_pixels: int = Field(
+        default=models.MAX_SIDE_PIXELS,
+        ge=models.MIN_SIDE_PIXELS,
+        le=models.MAX_SIDE_PIXELS,
+        description="The longest side of a picture or video.",
+    )
+    max_audio_seconds: float = Field(
+        default=models.MAX_AUDIO_SECONDS,
+        gt=0,
+        le=models.MAX_AUDIO_SECONDS,
+        description="The longest sound.",
+    )
+    max_video_frames: int = Field(
+        default=models.MAX_VIDEO_FRAMES,
+        ge=1,
+        le=models.MAX_VIDEO_FRAMES,
+        description="The longest video.",
+    )
+    max_grid_size: int = Field(
+        default=models.MAX_GRID_SIZE,
+        ge=models.MIN_GRID_SIZE,
+        le=models.MAX_GRID_SIZE,
+        description="The finest grid for the surface of a shape, points a side.",
     )
 
     @field_validator("rate_limit_storage")

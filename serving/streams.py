@@ -4,12 +4,12 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
-from backends.base import Generation, TextDelta
+from backends.base import Deadline, Generation
 from serving.logs import add_generation_to_log, add_to_log
 from serving.metrics import FAILED_REQUESTS
 
@@ -17,6 +17,23 @@ LAST_WORDS_SECONDS = 1.0  # in which a client takes what tells it that its deadl
 PING_SECONDS = 15.0  # between comments in an event stream, which keep idle proxies from closing
 EVENT_STREAM = "text/event-stream"
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Unfinished(Protocol):
+    """What is being made for a client: a Generation, or a Job of media/."""
+
+    deadline: Deadline
+
+    def abort(self) -> None:
+        """Nobody wants it any more."""
+
+
+class Awaited(Unfinished, Protocol[T_co]):
+    """The same, of which only the whole is wanted."""
+
+    async def complete(self) -> T_co:
+        """The whole, once it is there."""
 
 
 class ClientGone(Exception):
@@ -56,11 +73,10 @@ async def admit(http: Request, submitting: Awaitable[Generation]) -> Generation:
     return generation
 
 
-async def finish(http: Request, *generations: Generation) -> list[list[TextDelta]]:
-    """For each generation every choice as one delta, in order.
+async def finish(http: Request, *generations: Awaited[T]) -> list[T]:
+    """What each of them comes to: of a generation, every choice as one delta, in order.
 
-    Whatever happens, nothing is left running. Raises what `Generation.deltas` does, and
-    ClientGone.
+    Whatever happens, nothing is left running. Raises what `complete` does, and ClientGone.
     """
     finished = asyncio.gather(*(generation.complete() for generation in generations))
     try:
@@ -85,7 +101,7 @@ class GenerationStream(Response):
     """
 
     def __init__(
-        self, chunks: AsyncGenerator[str], generation: Generation, media_type: str = EVENT_STREAM
+        self, chunks: AsyncGenerator[str], generation: Unfinished, media_type: str = EVENT_STREAM
     ):
         self.chunks, self.generation = chunks, generation
         self.status_code, self.background = 200, None

@@ -13,7 +13,7 @@ export class Problem extends Error {
   }
 }
 
-const gone = () => new Problem("The service does not answer: it was stopped, or the network is down.", {
+export const gone = () => new Problem("The service does not answer: it was stopped, or the network is down.", {
   isGone: true,
 });
 
@@ -21,14 +21,14 @@ const gone = () => new Problem("The service does not answer: it was stopped, or 
 export const isStop = (error) => error.name === "AbortError";
 
 // This is for the `catch` of fetch and read alone. Elsewhere a TypeError is our own mistake.
-function lostConnection(error) {
+export function lostConnection(error) {
   throw isStop(error) ? error : gone();
 }
 
 export const key = () => store.getItem("key");
 export const keepKey = (text) => store.setItem("key", text);
 export const dropKey = () => store.removeItem("key");
-const keyHeader = () => (key() ? { Authorization: `Bearer ${key()}` } : {});
+export const keyHeader = () => (key() ? { Authorization: `Bearer ${key()}` } : {});
 
 // For these errors, by code or by status, words are enough.
 const WORDS = new Map([
@@ -53,7 +53,7 @@ async function busyOrStopping() {
     : "The service is busy: too many requests are waiting.";
 }
 
-async function problemOf(response) {
+export async function problemOf(response) {
   const { error, detail } = await response.json().catch(() => null) ?? {};
   const { status } = response;
   // The service explains itself. Without a word, this is from a proxy in front of it.
@@ -97,7 +97,7 @@ export async function describe() {
   return { schemas: components.schemas, modelNames: data.map(({ id }) => id) };
 }
 
-async function* events(response) {
+export async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   try {
@@ -106,7 +106,10 @@ async function* events(response) {
       if (done) return;
       const blocks = (rest + value).split("\n\n");
       rest = blocks.pop();
-      for (const block of blocks) if (block.startsWith("data: ")) yield block.slice(6);
+      for (const block of blocks) { // Some begin with a name.
+        const data = block.split("\n").find((line) => line.startsWith("data: "));
+        if (data) yield data.slice(6);
+      }
     }
   } finally { // When we stop reading, the service stops generating.
     reader.cancel().catch(() => {});

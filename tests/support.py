@@ -99,6 +99,7 @@ def served(
     port: int = 0,
     folder: Path = ROOT,
     through: tuple[str, ...] = (),
+    ready_seconds: float = 60,
     **settings: str,
 ) -> Iterator[Served]:
     """A uvicorn, on a free port if none is given, ended with SIGTERM unless it has ended before.
@@ -122,7 +123,7 @@ def served(
     assert process.stdout
     service = Served(process, f"http://127.0.0.1:{port}")
     try:
-        wait_until(lambda: is_ready(service))
+        wait_until(lambda: is_ready(service), ready_seconds)
         yield service
     finally:
         if process.poll() is None:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support import ROOT
 
-ROOMS = ("engine", "backends", "serving")
+ROOMS = ("engine", "backends", "media", "serving")
 SOURCES = [
     *(ROOT / name for name in ("main.py", "models.py", "neutral_values.py", "ray_serve.py")),
     *(file for room in ROOMS for file in sorted((ROOT / room).rglob("*.py"))),
@@ -49,7 +49,8 @@ def rooms_of(modules: set[str]) -> set[str]:
     [
         ("engine", {"engine"}),
         ("backends", {"backends", "engine", "models"}),
-        ("serving", {"serving", "backends", "engine", "models"}),
+        ("media", {"media", "backends", "engine"}),
+        ("serving", {"serving", "backends", "engine", "media", "models"}),
         ("models", {"neutral_values"}),
         ("neutral_values", set()),
         ("ray_serve", {"main", "serving"}),
@@ -60,6 +61,21 @@ def test_arrows_go_one_way(importer: str, importable: set[str]) -> None:
     assert files
     for file in files:
         assert rooms_of(imports(file)) <= importable, file
+
+
+@pytest.mark.parametrize("name", ["process", "audio", "image", "video", "shape"])
+def test_process_of_a_model_loads_no_service(name: str) -> None:
+    """It has room for one model, and starts again when that has died."""
+    found, left = set(), {f"media.{name}"}
+    while left:
+        found.add(module := left.pop())
+        left |= (imports(ROOT / f"{module.replace('.', '/')}.py") & MODULES) - found
+    assert {each.partition(".")[0] for each in found} == {"media"}
+
+
+def test_service_that_makes_text_loads_nothing_of_media() -> None:
+    code = "import serving.registry, serving.media_routes, sys; sys.exit('media' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_schemas_know_no_torch() -> None:
