@@ -176,14 +176,16 @@ class ModelRunner:
         vocabulary of 150,000 would take 20 GB."""
         hidden, head = self._hidden_states(batch)
         for request, first in scored:
-            prompt, num_top = request.prompt_token_ids, request.params.num_prompt_logprobs or 0
+            prompt, params = request.prompt_token_ids, request.params
+            num_top, ranks = params.num_prompt_logprobs or 0, params.ranks_prompt
             request.prompt_logprobs = []
             for start in range(0, len(prompt) - 1, SCORED_TOKENS):
                 next_token_ids = prompt[start + 1 : start + 1 + SCORED_TOKENS]
                 rows = list(range(first + start, first + start + len(next_token_ids)))
                 logits = head(hidden[self._padded(rows)])[: len(rows)]
                 try:
-                    request.prompt_logprobs += collect_logprobs(logits, next_token_ids, num_top)
+                    collected = collect_logprobs(logits, next_token_ids, num_top, ranks)
+                    request.prompt_logprobs += collected
                 except InferenceError as failure:
                     request.failure = failure
                     break
