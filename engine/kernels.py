@@ -82,28 +82,48 @@ class Int8Linear(nn.Module):
         return output.view(*x.shape[:-1], -1)
 
 
+def _row_scale(x: Tensor, most: int) -> Tensor:
+    """(rows, 1): what turns a row's largest value into `most`."""
+    return x.abs().amax(dim=-1, keepdim=True).div_(most).clamp_(min=1e-12)
+
+
 class OnednnInt8Linear(Int8Linear):
     """With inputs of eight bits, from a row's smallest value (0) to its largest (255).
 
+    Of a layer that is wide, as the one of logits is, from 1 to 255 with 128 for zero: half as
+    precise, but then its outputs need no more than to be scaled, and they are most of the work.
     Right with VNNI or AMX. Without, pairs of products may be summed in 16 bits and saturate.
     """
 
+    WIDE = 8  # so many outputs for an input
+
     def pack(self, quantized: Tensor) -> None:
+        self.zero_points = torch.zeros(len(quantized), dtype=torch.int32)
+        self.is_wide = len(quantized) > self.WIDE * quantized.shape[1]
+        if self.is_wide:
+            self.weight = torch.ops.onednn.qlinear_prepack(quantized, None)
+            return
         # `byte_prepack` leaves a row's scale and smallest value in eight bytes behind it, which are
         # multiplied too: with zeros. That is cheaper than to copy the row without them.
         padded = F.pad(quantized, (0, 8))
         self.weight = torch.ops.onednn.qlinear_prepack(padded, None)
-        self.zero_points = torch.zeros(len(quantized), dtype=torch.int32)
         self.sums = quantized.sum(dim=1, dtype=torch.int32) * self.scales
 
     def multiply(self, x: Tensor) -> Tensor:
+        if self.is_wide:
+            scale = _row_scale(x, 127)
+            quantized = (x / scale).round_().add_(128).to(torch.uint8)
+            return self._sum(quantized, 128).mul_(scale)
         quantized = torch.ops.quantized.embedding_bag_byte_prepack(x.contiguous())
         ends = quantized.view(torch.float32)
+        return self._sum(quantized, 0).mul_(ends[:, -2:-1]).add_(ends[:, -1:] * self.sums)
+
+    def _sum(self, quantized: Tensor, zero_point: int) -> Tensor:
         output: Tensor = torch.ops.onednn.qlinear_pointwise(
-            quantized, 1.0, 0, self.weight, self.scales, self.zero_points, None,
+            quantized, 1.0, zero_point, self.weight, self.scales, self.zero_points, None,
             1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
-        return output.mul_(ends[:, -2:-1]).add_(ends[:, -1:] * self.sums)
+        return output
 
 
 class FbgemmInt8Linear(Int8Linear):
@@ -121,7 +141,7 @@ class FbgemmInt8Linear(Int8Linear):
         self.packed = torch.ops.quantized.linear_prepack(tensor, None)
 
     def multiply(self, x: Tensor) -> Tensor:
-        scale = x.abs().amax(dim=-1, keepdim=True).div_(63).clamp_(min=1e-12)
+        scale = _row_scale(x, 63)
         multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
         output: Tensor = multiply(x / scale, 1.0, 64, self.packed)
         return output.mul_(scale)

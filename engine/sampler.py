@@ -15,6 +15,8 @@ from engine.request import LOWEST_LOGPROB, InferenceError, PositionLogprobs, Seq
 GREEDY, ALL = 0, -1
 # Drawing from the whole vocabulary draws a block of so many tokens first, then one of the block.
 BLOCK_TOKENS = 256
+# The likeliest tokens are sought run by run of so many.
+RUN_TOKENS = 64
 
 
 def sample_tokens(
@@ -209,6 +211,27 @@ def _draw_of_all(
     return _where_finite(largest, drawn * BLOCK_TOKENS + token)
 
 
+def _likeliest(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The `width` largest logits of each row (B, vocab) and their token ids, the largest first.
+
+    They lie in the `width` runs of RUN_TOKENS tokens whose largest logits are the largest, so only
+    those are sorted, which takes half the time of `topk` over everything.
+    """
+    num_rows, vocab_size = logits.shape
+    num_runs = vocab_size // RUN_TOKENS
+    if num_runs <= 2 * width:
+        return torch.topk(logits, width, dim=-1)
+    end = num_runs * RUN_TOKENS
+    runs = logits[:, :end].unflatten(1, (num_runs, RUN_TOKENS))
+    best = runs.amax(dim=-1).topk(width, dim=-1).indices
+    few = runs[torch.arange(num_rows, device=logits.device)[:, None], best].flatten(1)
+    # Behind the last whole run there are a few tokens more.
+    values, places = torch.topk(torch.cat((few, logits[:, end:]), dim=1), width, dim=-1)
+    run = best.gather(1, (places // RUN_TOKENS).clamp_(max=width - 1))
+    ids = run * RUN_TOKENS + places % RUN_TOKENS
+    return values, torch.where(places < few.shape[1], ids, places - few.shape[1] + end)
+
+
 def _draw_of_likeliest(
     logits: Tensor, seqs: SequenceOf[Sequence], draws: list[float], width: int
 ) -> list[int | None]:
@@ -217,7 +240,7 @@ def _draw_of_likeliest(
     temperatures = _column((seq.params.temperature for seq in seqs), device)
     top_k = _column((seq.params.top_k or vocab_size for seq in seqs), device)
     top_p = _column((seq.params.top_p for seq in seqs), device)
-    values, ids = torch.topk(logits, width, dim=-1)
+    values, ids = _likeliest(logits, width)
     largest = values[:, :1]
     weights = torch.exp((values.double() - largest.double()) / temperatures)
     weights[torch.arange(width, device=device)[None, :] >= top_k] = 0

@@ -99,7 +99,7 @@ def test_int8_row_has_the_same_bits_in_any_company(
     """One scale for the whole batch gave a row other bits beside a row of larger values."""
     skip_unless_right(INT8[name], torch.float32)
     torch.manual_seed(0)
-    for num_inputs, num_outputs in ((96, 288), (100, 50), (256, 1030)):
+    for num_inputs, num_outputs in ((96, 288), (100, 50), (256, 1030), (40, 700)):
         layer = INT8[name].pack(
             torch.randn(num_outputs, num_inputs), torch.randn(num_outputs), False
         )

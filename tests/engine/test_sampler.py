@@ -293,6 +293,20 @@ def test_sample_row_does_not_depend_on_the_others(vocab: int) -> None:
     assert not differ
 
 
+@pytest.mark.parametrize("vocab", [8192, 8200])
+def test_sample_seeks_the_likeliest_run_by_run(vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if all were sorted: with the likeliest far apart, in one run, and behind the last one."""
+    logits = random_logits(30, vocab)
+    logits[10:20, 70:130] += 9
+    logits[20:, -30:] += 9
+    seqs = [sequences(SamplingParams(top_k=50), seed=i)[0] for i in range(30)]
+    in_runs = sample(logits.clone(), seqs)
+    monkeypatch.setattr("engine.sampler.RUN_TOKENS", vocab)
+    seqs = [sequences(SamplingParams(top_k=50), seed=i)[0] for i in range(30)]
+    assert sample(logits, seqs) == in_runs
+    assert max(token_id or 0 for token_id in in_runs[20:]) >= vocab - 8
+
+
 def test_collect_logprobs_of_the_token_and_the_likeliest() -> None:
     logits = random_logits(2, 50)
     expected = torch.log_softmax(logits, dim=-1)
