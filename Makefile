@@ -9,13 +9,14 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest -n 2 --dist loadfile
 
-.PHONY: help run test check test-processors run-ray test-ray bench soak clean
+.PHONY: help run test check test-processors test-clients run-ray test-ray bench soak clean
 
 help:
 	@echo 'make run     start the service on http://$(HOST):$(PORT); HOST=… and PORT=… change that'
 	@echo 'make test    run the tests'
 	@echo 'make check   check format, lint and types, then run the tests'
 	@echo 'make test-processors tests the service as on processors with less'
+	@echo 'make test-clients tests it with other people'"'"'s clients, which it installs'
 	@echo 'make run-ray replicas behind Ray Serve on http://127.0.0.1:8000; make test-ray tests that'
 	@echo 'make bench   measure the service; BENCH_ARGS=… is passed on'
 	@echo 'make soak    mixed traffic for SECONDS=$(SECONDS), then what was left behind'
@@ -44,6 +45,9 @@ run-ray: $(VENV)/.ray
 
 test-processors: $(VENV)/.test
 	$(PY) -m pytest -m processors
+
+test-clients: $(VENV)/.test
+	$(PY) -m pytest -m clients
 
 test-ray: $(VENV)/.test $(VENV)/.ray
 	$(PY) -m pytest -m slow

@@ -5,14 +5,12 @@ others import main.py, which loads a model.
 """
 
 import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
-from tests.support import NAME, ROOT, ids, new_client, refused_fields
+from tests.forked import run_python
+from tests.support import NAME, ids, new_client, refused_fields
 
 client = new_client()
 
@@ -54,14 +52,7 @@ def test_client_works_with_lifespan() -> None:
         "    print(client.post('/generate', json={'prompt': 'One day'}).status_code)\n"
         "print(main.engine.is_healthy)"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=os.environ | {"LOG_LEVEL": "ERROR"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    ran = run_python("-c", code, LOG_LEVEL="ERROR")
     assert ran.stdout.split() == ["200", "False"], ran.stderr
 
 

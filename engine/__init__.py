@@ -9,6 +9,7 @@ All engines of a process compute in one thread, a step of each in turn.
     Engine.place(client, …)            --> Scheduler.num_queued (bounded; full = refused at once)
     Engine.submit_all(prompts, …)      --> Scheduler.waiting
                                            Engine.step: schedule    (scheduler.py)
+                                                        draft       (drafts.py)
                                                         forward     (model_runner.py, attention.py)
                                                         sample      (sampler.py)
                                                         postprocess (output.py)
@@ -30,6 +31,8 @@ Life of a sequence: WAITING -> RUNNING -> FINISHED with a finish reason (`stop`,
 
 One prompt or generated token is one row of the forward pass, whichever sequence it
 belongs to: rows of short prompts ride along with the running sequences' next tokens.
+While few sequences run, guesses at what comes next ride along too. Each that turns out to be what
+the sampler draws saves a step (drafts.py), and no text depends on them.
 Seeds mean the same text in any company because a row's numbers do not depend on the
 rows beside it. In int8 that is so by construction; else the engine checks it on the
 loaded model, bit by bit, and from that chooses how many rows it runs at once

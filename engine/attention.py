@@ -26,6 +26,7 @@ from transformers.masking_utils import (
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from engine.activations import RowwiseActivation
 from engine.cache import KVCache, Visibility
 
 # Arguments that say again what the mask or the cache say, or nothing about a causal model.
@@ -246,13 +247,24 @@ def _supply_stablelm(model: PreTrainedModel, cache: KVCache) -> None:
 
 
 def _supply_llama4(model: PreTrainedModel, cache: KVCache) -> None:
-    """It takes the number of a row for a position where it scales queries."""
+    """It takes the number of a row for a position where it scales queries. What its routers give a
+    row is the same in any company."""
 
     def query_scale(attention: Any, positions: Tensor) -> Tensor:
         steps = torch.floor((positions.float() + 1) / attention.floor_scale)
         return torch.log1p(steps) * attention.attn_scale + 1
 
+    sigmoid = RowwiseActivation(nn.Sigmoid())
+
+    def route(router: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        logits = F.linear(hidden, router.weight)
+        largest, experts = logits.topk(router.top_k, dim=1)
+        scores = torch.full_like(logits, -math.inf).scatter_(1, experts, largest)
+        return sigmoid(scores.float()).to(logits.dtype), logits
+
     for layer in model.model.layers:
+        if layer.is_moe_layer:
+            layer.feed_forward.router.forward = partial(route, layer.feed_forward.router)
         attention = layer.self_attn
         if model.config.attn_temperature_tuning and not attention.use_rope:
             attention.attn_temperature_tuning = False

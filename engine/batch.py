@@ -12,13 +12,20 @@ class ForwardBatch:
     sequence in cache row `cache_rows[i]`.
     """
 
-    decode_start: int = 0  # running sequences decode_start … decode_end-1 have a row each
-    decode_end: int = 0
+    # Of the pass's first rows: cache rows one after the other, each of which has one row here.
+    decode_runs: list[range] = field(default_factory=list)
     prompts: list[tuple[int, int]] = field(default_factory=list)  # (first row, num_tokens)
     token_ids: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     cache_rows: list[int] = field(default_factory=list)
     logit_rows: list[int] = field(default_factory=list)  # rows whose logits are wanted
+
+    def add_run(self, cache_rows: range, token_ids: list[int], positions: list[int]) -> None:
+        """A token for each of these cache rows; before any prompt."""
+        self.decode_runs.append(cache_rows)
+        self.token_ids += token_ids
+        self.positions += positions
+        self.cache_rows += cache_rows
 
     def add_prompt(self, token_ids: SequenceOf[int], cache_row: int) -> None:
         self.prompts.append((len(self.token_ids), len(token_ids)))

@@ -1,5 +1,6 @@
 """Keys and values of the running sequences, and attention over them."""
 
+import itertools
 import math
 import mmap
 import sys
@@ -81,15 +82,20 @@ class KVCache:
     def begin_pass(self, batch: ForwardBatch) -> None:
         """Says what `attend` will be called for until the next call."""
         device, kv_heads = self.vectors[0].device, self.shape[1]
-        self.prompts, self.num_decode = batch.prompts, batch.decode_end - batch.decode_start
-        self.decode_heads = slice(batch.decode_start * kv_heads, batch.decode_end * kv_heads)
+        self.prompts, self.num_decode = batch.prompts, sum(map(len, batch.decode_runs))
+        ends = list(itertools.accumulate(map(len, batch.decode_runs)))
+        # Of each run: its rows of the pass, and its heads in the cache.
+        self.decode_runs = [
+            (slice(end - len(run), end), slice(run.start * kv_heads, run.stop * kv_heads))
+            for run, end in zip(batch.decode_runs, ends, strict=True)
+        ]
         self.positions = torch.tensor(batch.positions, device=device)
         # (rows, 2, kv_heads): which of a layer's `vectors` a row's keys and values become.
         heads = torch.tensor(batch.cache_rows, device=device)[:, None] * kv_heads
         heads = heads + torch.arange(kv_heads, device=device)
         places = heads * self.capacity + self.positions[:, None]
         self.places = torch.stack((places, places + len(self.vectors[0]) // 2), dim=1)
-        self.decode_masks: dict[Visibility | None, Tensor] = {}
+        self.decode_masks: dict[Visibility | None, list[Tensor]] = {}
 
     def sequence_lengths(self) -> Tensor:
         """(rows,) tokens of each row's sequence, in this pass."""
@@ -118,10 +124,9 @@ class KVCache:
         self.vectors[layer][self.places] = keys_values
         is_plain = softcap is None and sinks is None
         parts = []
-        if self.num_decode:
-            decode = query[: self.num_decode]
-            mask = self._decode_mask(visible)
-            parts.append(self._attend_decode(layer, decode, scale, mask, softcap, sinks))
+        for (rows, heads), mask in zip(self.decode_runs, self._decode_masks(visible), strict=True):
+            decode = query[rows]
+            parts.append(self._attend_decode(layer, heads, decode, scale, mask, softcap, sinks))
         for first, length in self.prompts:
             prompt = query[first : first + length], keys_values[first : first + length]
             if is_plain and visible is None and self.position_bias is None:
@@ -130,13 +135,15 @@ class KVCache:
                 parts.append(self._attend_in_pieces(*prompt, scale, visible, softcap, sinks))
         return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
 
-    def _decode_mask(self, visible: Visibility | None) -> Tensor:
-        """(decode rows * kv_heads, queries a key, capacity), made once a pass."""
+    def _decode_masks(self, visible: Visibility | None) -> list[Tensor]:
+        """(rows * kv_heads, queries a key, capacity) of each run, made once a pass."""
         if visible not in self.decode_masks:
             mask = self._mask(self.positions[: self.num_decode], self.capacity, visible)
             mask = mask.expand(-1, self.num_kv_heads * self.group_size, -1)
             mask = mask.unflatten(1, (self.num_kv_heads, self.group_size))
-            self.decode_masks[visible] = mask.flatten(0, 1)
+            self.decode_masks[visible] = [
+                mask[rows].flatten(0, 1) for rows, _heads in self.decode_runs
+            ]
         return self.decode_masks[visible]
 
     def _mask(self, positions: Tensor, num_keys: int, visible: Visibility | None) -> Tensor:
@@ -157,6 +164,7 @@ class KVCache:
     def _attend_decode(
         self,
         layer: int,
+        heads: slice,
         query: Tensor,
         scale: float,
         mask: Tensor,
@@ -166,11 +174,11 @@ class KVCache:
         """One query a sequence, over all that its cache row holds.
 
         Plain products: on some CPUs the fused kernel gives a row other bits in other company,
-        and for one query a row it is no faster.
+        and for one query a row it is no faster. So do these for several queries a row, which is
+        why what is drafted for a sequence comes here a token at a time.
         """
         grouped = query.reshape(-1, self.group_size, query.shape[-1])
-        keys = self.transposed_keys[layer][self.decode_heads]
-        values = self.values[layer][self.decode_heads]
+        keys, values = self.transposed_keys[layer][heads], self.values[layer][heads]
         if sinks is not None:
             sinks = sinks.view(1, self.num_kv_heads, self.group_size, 1)
             sinks = sinks.expand(len(query), -1, -1, -1).flatten(0, 1)

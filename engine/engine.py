@@ -7,14 +7,17 @@ import math
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import Sequence as SequenceOf
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.attention import refuse_other_attention
 from engine.delivery import Outbox, fail
+from engine.drafts import Drafter
 from engine.kernels import choose_kernel
 from engine.model_check import checked_runner
 from engine.model_runner import ModelRunner
@@ -29,6 +32,7 @@ from engine.request import (
     Prompt,
     SamplingParams,
     Sequence,
+    Status,
     StepStats,
     TextFilter,
 )
@@ -50,6 +54,8 @@ class Engine:
     model: any transformers causal LM whose attention can be replaced; it is changed in
         place (weights packed, attention set) and belongs to the engine from here on.
     max_model_len: prompt and output together; cut to the model's context.
+    speculative_tokens: what a sequence may be drafted in one step (`engine.drafts`); 0 for none.
+        None where a row's bits depend on its company either, since texts would change.
     text_filter: what generated text must not contain; None lets everything pass.
     on_step: called in the computing thread after each step; must not raise.
     on_model_needed: called with a request, wherever that is submitted, when the model is not
@@ -70,6 +76,7 @@ class Engine:
         max_num_seqs: int = 64,
         max_queue_size: int = 256,
         max_model_len: int | None = None,
+        speculative_tokens: int = 15,
         quantization: str | None = None,
         dtype: torch.dtype | None = None,
         num_threads: int | None = None,
@@ -88,6 +95,7 @@ class Engine:
         self.on_model_needed = on_model_needed
         self.eos_token_ids = _eos_token_ids(model, tokenizer, self.vocab_size)
         self.scheduler = Scheduler(max_num_seqs, max_queue_size)
+        self.drafter = Drafter(speculative_tokens)
         self.output = OutputProcessor(tokenizer, text_filter, self.eos_token_ids)
         self.num_failed_steps = 0  # in a row
         self.last_request_id = -1
@@ -136,6 +144,9 @@ class Engine:
             runner = self._compute(self._first_runner, model, new_runner)
             self.kernel = runner.kernel
             self._row_range = self._compute(runner.measure_batch_invariance)
+            if self.drafter.max_tokens and not runner.is_invariant:
+                logger.info("no tokens are drafted: that could change the text of a seed here")
+                self.drafter.max_tokens = 0
         else:
             runner = new_runner(kernel=self.kernel)
         runner.min_rows, runner.max_rows = self._row_range
@@ -375,48 +386,93 @@ class Engine:
         return bool(scheduler.running) or scheduler.has_waiting(self._unload_before_id)
 
     def step(self) -> None:
-        """Everyone running gains a token, or gives some back to the filter."""
+        """Everyone running gains a token, or several where its draft is right, or gives some back
+        to the filter."""
         started_seconds = time.monotonic()
         with self._lock:
             admitted = self.scheduler.schedule(self._unload_before_id)
-        stats = _begin_stats(admitted, num_decode=self.num_running - len(admitted))
-        running = self.scheduler.running
-        logits = self.runner.forward(running, len(admitted))
+        running = list(self.scheduler.running)
+        # None beside prompts: those who are new would wait longer for their first token.
+        until_renewal = self.runner.num_tokens_until_renewal
+        drafts = [] if admitted else self.drafter.draft(running, until_renewal)
+        stats = _begin_stats(admitted, len(running) - len(admitted), drafts)
+        logits = self.runner.forward(running, len(admitted), drafts)
+        logits, *drafted = logits.split([len(running), *map(len, drafts)])
         token_ids = sample_tokens(logits, running, self.eos_token_ids)
         self.scheduler.count_step(time.monotonic() - started_seconds)
-        self._postprocess(token_ids, stats)
+        self._advance(running, token_ids, drafts, drafted, stats)
         if self.on_step:
             self.on_step(stats)
         if all(isinstance(token_id, InferenceError) for token_id in token_ids):
             self.runner.probe()  # raises if it is the model, and not what clients ask for
 
-    def _postprocess(self, token_ids: list[int | InferenceError], stats: StepStats) -> None:
-        """Adds each running sequence's token, or ends it with an error of its own; hands out
-        deltas, frees what has finished."""
-        now_seconds, num_rollbacks = time.monotonic(), self.output.num_rollbacks
-        outbox = Outbox()
+    def _advance(
+        self,
+        running: list[Sequence],
+        token_ids: list[int | InferenceError],
+        drafts: list[list[int]],
+        drafted: list[Tensor],
+        stats: StepStats,
+    ) -> None:
+        """Gives each sequence its token, one more to those whose drafted one it is, and so on;
+        hands out deltas, frees what has finished.
+
+        drafted: of each draft, the logits (tokens, vocab) of what comes behind its tokens.
+        """
+        num_before = [len(seq.output_token_ids) for seq in running]
+        num_rollbacks, outbox = self.output.num_rollbacks, Outbox()
         try:
-            for seq, token_id in zip(list(self.scheduler.running), token_ids, strict=True):
-                try:
-                    delta = self._append(seq, token_id)
-                except InferenceError as failure:
-                    _fail_sequence(seq, failure)
-                    continue
-                since_arrival_seconds = now_seconds - seq.request.arrived_seconds
-                if seq.last_token_seconds is None:
-                    stats.time_to_first_token_seconds.append(since_arrival_seconds)
-                else:
-                    stats.inter_token_seconds.append(now_seconds - seq.last_token_seconds)
-                seq.last_token_seconds = now_seconds
-                if delta:
-                    outbox.add(seq.request, delta)
-                    if delta.finish_reason:
-                        seq.request.finish_reasons.add(delta.finish_reason)
-                        stats.finished.append((delta.finish_reason, since_arrival_seconds))
-                        self._free(seq)
+            self._postprocess(running, token_ids, stats, outbox)
+            rows: SequenceOf[int] = range(len(running))
+            for depth in range(max(map(len, drafts), default=0)):
+                rows = [
+                    row
+                    for row in rows
+                    if len(drafts[row]) > depth
+                    and _has_gained(running[row], num_before[row], drafts[row][: depth + 1])
+                ]
+                if not rows:
+                    break
+                stats.num_accepted_tokens += len(rows)
+                seqs = [running[row] for row in rows]
+                logits = torch.cat([drafted[row][depth : depth + 1] for row in rows])
+                token_ids = sample_tokens(logits, seqs, self.eos_token_ids)
+                self._postprocess(seqs, token_ids, stats, outbox)
             stats.num_rollbacks = self.output.num_rollbacks - num_rollbacks
+            # Not before: a sequence that moves takes along keys and values of the tokens it has.
+            for seq in running:
+                if seq.status is Status.FINISHED:
+                    self._free(seq)
         finally:  # so that an error at one sequence takes nothing from those before it
             outbox.send()
+
+    def _postprocess(
+        self,
+        seqs: list[Sequence],
+        token_ids: list[int | InferenceError],
+        stats: StepStats,
+        outbox: Outbox,
+    ) -> None:
+        """Adds each sequence's token, or ends it with an error of its own."""
+        now_seconds = time.monotonic()
+        for seq, token_id in zip(seqs, token_ids, strict=True):
+            try:
+                delta = self._append(seq, token_id)
+            except InferenceError as failure:
+                _fail_sequence(seq, failure)
+                continue
+            since_arrival_seconds = now_seconds - seq.request.arrived_seconds
+            if seq.last_token_seconds is None:
+                stats.time_to_first_token_seconds.append(since_arrival_seconds)
+            else:
+                stats.inter_token_seconds.append(now_seconds - seq.last_token_seconds)
+            seq.last_token_seconds = now_seconds
+            if delta:
+                outbox.add(seq.request, delta)
+                if delta.finish_reason:
+                    seq.request.finish_reasons.add(delta.finish_reason)
+                    stats.finished.append((delta.finish_reason, since_arrival_seconds))
+                    seq.status = Status.FINISHED
 
     def _append(self, seq: Sequence, token_id: int | InferenceError) -> Delta | None:
         """What the client gains by this token. Raises InferenceError where there is none, or the
@@ -506,7 +562,13 @@ def _fail_sequence(seq: Sequence, failure: InferenceError) -> None:
     fail([seq], failure)
 
 
-def _begin_stats(admitted: list[Sequence], num_decode: int) -> StepStats:
+def _has_gained(seq: Sequence, num_before: int, token_ids: list[int]) -> bool:
+    """Whether a sequence goes on, and these are its tokens behind the first `num_before`."""
+    goes_on = seq.status is Status.RUNNING and not seq.request.is_aborted
+    return goes_on and seq.output_token_ids[num_before:] == token_ids
+
+
+def _begin_stats(admitted: list[Sequence], num_decode: int, drafts: list[list[int]]) -> StepStats:
     """What a step is about to do; the admitted requests leave the queue now."""
     prompts = {seq.request.id: seq.request for seq in admitted}.values()
     queue_seconds = []
@@ -515,8 +577,11 @@ def _begin_stats(admitted: list[Sequence], num_decode: int) -> StepStats:
             request.queue_seconds = time.monotonic() - request.arrived_seconds
             queue_seconds.append(request.queue_seconds)
     num_prompt_tokens = sum(len(request.prompt_token_ids) for request in prompts)
+    num_draft_tokens = sum(map(len, drafts))
     return StepStats(
-        num_rows=num_decode + num_prompt_tokens,
+        num_rows=num_decode + num_prompt_tokens + num_draft_tokens,
         num_prompt_tokens=num_prompt_tokens,
         queue_seconds=queue_seconds,
+        num_drafts=sum(map(bool, drafts)),
+        num_draft_tokens=num_draft_tokens,
     )

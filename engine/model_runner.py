@@ -2,7 +2,9 @@
 
 import itertools
 import logging
+import math
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -71,6 +73,8 @@ class ModelRunner:
         supply_attention(model, self.cache)
         # The fewest and most rows of a pass, until they are measured.
         self.min_rows, self.max_rows = 1, max_num_seqs + SHORT_PROMPT_TOKENS
+        # Whether with so many rows a row's bits do not depend on its company; so is that.
+        self.is_invariant = self.is_exact
 
     @property
     def description(self) -> str:
@@ -78,18 +82,25 @@ class ModelRunner:
         pages = "2 MiB pages" if self.uses_huge_pages else "ordinary pages"
         return f"{self.model.dtype}, {self.kernel.name}, {instruction_set()}, {pages}"
 
-    def forward(self, running: list[Sequence], num_admitted: int) -> Tensor:
+    def forward(
+        self, running: list[Sequence], num_admitted: int, drafts: SequenceOf[list[int]] = ()
+    ) -> Tensor:
         """Logits (num_running, vocab) float32 of the next token of every running sequence.
 
         The last `num_admitted` sequences are new: their prompts go through the model too.
+        drafts: if there are any, a list for each running sequence, none of which is new: what may
+        come next. Behind the others are the logits of what follows each of these tokens.
         """
         num_decode = len(running) - num_admitted
-        self.cache.resize(max(seq.num_tokens for seq in running), num_decode)
+        num_drafted = max(map(len, drafts), default=0)
+        self.cache.resize(max(seq.num_tokens for seq in running) + num_drafted, num_decode)
         for row, seq in enumerate(running[:num_decode]):
             if seq.num_tokens - 1 == self.cache.rope_switch_tokens:
                 self._renew(row, seq)
         plan = StepPlan()
         self._plan_decode(plan, running[:num_decode])
+        if drafts:
+            _plan_drafts(plan.batches[0], running, drafts)
         self._plan_prompts(plan, running[num_decode:])
         parts = []
         for batch in plan.batches:
@@ -100,6 +111,11 @@ class ModelRunner:
             self.cache.copy_row(source, target, num_tokens)
         return logits[plan.logit_row_of] if plan.copies else logits
 
+    def num_tokens_until_renewal(self, seq: Sequence) -> float:
+        """How many tokens a sequence may gain before its keys and values are computed anew."""
+        switch = self.cache.rope_switch_tokens
+        return math.inf if switch is None or seq.num_tokens > switch else switch - seq.num_tokens
+
     def _renew(self, row: int, seq: Sequence) -> None:
         """Computes a sequence's keys and values anew, for the length that it has now."""
         batch = ForwardBatch(logit_rows=[0])
@@ -109,12 +125,11 @@ class ModelRunner:
     def _plan_decode(self, plan: StepPlan, seqs: list[Sequence]) -> None:
         """A row for each sequence's last token, in as many passes as it takes."""
         for start in range(0, len(seqs), self.max_rows):
-            batch = ForwardBatch(start, min(start + self.max_rows, len(seqs)))
-            for row in range(batch.decode_start, batch.decode_end):
-                batch.token_ids.append(seqs[row].last_token_id)
-                batch.positions.append(seqs[row].num_tokens - 1)
-                batch.cache_rows.append(row)
-            batch.logit_rows = list(range(len(batch.token_ids)))
+            batch = ForwardBatch()
+            rows = range(start, min(start + self.max_rows, len(seqs)))
+            last_token_ids = [seqs[row].last_token_id for row in rows]
+            batch.add_run(rows, last_token_ids, [seqs[row].num_tokens - 1 for row in rows])
+            batch.logit_rows = list(range(len(rows)))
             plan.batches.append(batch)
         plan.logit_row_of += range(len(seqs))
 
@@ -230,10 +245,8 @@ class ModelRunner:
         def logits(token_ids: list[int]) -> Tensor:
             num_rows = len(token_ids)
             num_decode = min(num_rows, self.max_num_seqs)
-            batch = ForwardBatch(0, num_decode)
-            batch.token_ids = token_ids[:num_decode]
-            batch.positions = [0] * num_decode
-            batch.cache_rows = list(range(num_decode))
+            batch = ForwardBatch()
+            batch.add_run(range(num_decode), token_ids[:num_decode], [0] * num_decode)
             for token_id in token_ids[num_decode:]:
                 batch.add_prompt([token_id], self.cache.padding_row)
             batch.logit_rows = list(range(num_rows))
@@ -255,6 +268,7 @@ class ModelRunner:
                 type(self.model).__name__,
             )
             return 1, most
+        self.is_invariant = True
         for fewest in (1, 2, 4):
             last = fewest
             for smaller, larger in itertools.pairwise(n for n in sizes if n >= fewest):
@@ -264,3 +278,29 @@ class ModelRunner:
             if last >= min(16, most):
                 return fewest, last
         return 16, 16
+
+
+def _plan_drafts(
+    batch: ForwardBatch, running: list[Sequence], drafts: SequenceOf[list[int]]
+) -> None:
+    """Adds rows for what is drafted, to a pass that has one for each running sequence: first the
+    first token of every draft, then the second of those that have one, …: a cache row takes one
+    query at a time."""
+    at: dict[tuple[int, int], int] = {}  # in the pass, by sequence and place in its draft
+    for depth in range(max(map(len, drafts))):
+        for rows in _runs([row for row, draft in enumerate(drafts) if len(draft) > depth]):
+            at |= {(row, depth): len(batch.token_ids) + i for i, row in enumerate(rows)}
+            token_ids = [drafts[row][depth] for row in rows]
+            batch.add_run(rows, token_ids, [running[row].num_tokens + depth for row in rows])
+    batch.logit_rows += [at[key] for key in sorted(at)]
+
+
+def _runs(rows: list[int]) -> list[range]:
+    """The same numbers, which ascend, as ranges."""
+    runs: list[range] = []
+    for row in rows:
+        if runs and runs[-1].stop == row:
+            runs[-1] = range(runs[-1].start, row + 1)
+        else:
+            runs.append(range(row, row + 1))
+    return runs

@@ -141,6 +141,9 @@ class StepStats:
     finished: list[tuple[FinishReason, float]] = field(default_factory=list)
     num_rollbacks: int = 0
     num_untimed_tokens: int = 0  # generated, but in no list of seconds above
+    num_drafts: int = 0  # sequences for which tokens were drafted
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0  # how many of them were the ones that were drawn
 
 
 class TextFilter(Protocol):
@@ -262,6 +265,9 @@ class Sequence:
         self.num_rollbacks = 0
         self.last_token_seconds: float | None = None  # when the last token came
         self.decode_stream: DecodeStream | None = None
+        self.guess: list[int] = []  # what `engine.drafts` said would follow …
+        self.num_tokens_before_guess = 0  # … the tokens that there were then
+        self.hit_rate = 0.5  # of its guesses; there have been none yet
 
     @property
     def num_tokens(self) -> int:

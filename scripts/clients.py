@@ -1,120 +1,180 @@
-"""Generates clients from a service's OpenAPI document, compiles them, and makes a call with each.
+"""Makes calls with other people's clients, each in an environment of its own: which of them work?
 
-    python scripts/generated_clients.py http://localhost:8000 [NAME …]
+    python scripts/clients.py                   # all of them
+    python scripts/clients.py openai jdk        # these
 
-Needs a network for what it installs into a temporary folder, and java, npm, go and mvn for those
-of the clients that are made with them.
+The calls are in scripts/calls/; docs/clients.md has the results. Starts a service with the bundled
+model, which it gives a chat template. Needs a network for what it installs into temporary folders,
+and for some of the clients node, Chromium, java, mvn, go, or prometheus.
 """
 
 import argparse
+import os
+import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
-OPENAPI_PYTHON = """
-import openapi_client as made
-with made.ApiClient(made.Configuration(host="ADDRESS")) as client:
-    body = made.CompletionRequest(prompt=made.Prompt("Once"), max_tokens=4)
-    print(made.OpenaiApi(client).create_completion(body).choices[0].finish_reason)
-"""
-PYTHON_CLIENT = """
-from gpt_2_text_generation_client import Client
-from gpt_2_text_generation_client.api.openai import create_completion
-from gpt_2_text_generation_client.models import CompletionRequest
-body = CompletionRequest(prompt="Once", max_tokens=4)
-answer = create_completion.sync(client=Client(base_url="ADDRESS"), body=body)
-print(answer.choices[0].finish_reason)
-"""
-TYPESCRIPT_FETCH = """
-import { Configuration, OpenaiApi } from "./client";
-const api = new OpenaiApi(new Configuration({ basePath: "ADDRESS" }));
-api.createCompletion({ completionRequest: { prompt: "Once", maxTokens: 4 } })
-  .then((answer) => console.log(answer.choices[0].finishReason));
-"""
-HEY_API = """
-import { createCompletion } from "./client";
-createCompletion({ baseUrl: "ADDRESS", body: { prompt: "Once", max_tokens: 4 } })
-  .then(({ data }) => console.log(data!.choices[0].finish_reason));
-"""
-GO = """
-package openapi
-import ("context"; "fmt"; "testing")
-func TestCall(t *testing.T) {
-    made := NewConfiguration()
-    made.Servers = ServerConfigurations{{URL: "ADDRESS"}}
-    prompt, body := "Once", NewCompletionRequest()
-    body.SetMaxTokens(4)
-    body.SetPrompt(Prompt{String: &prompt})
-    call := NewAPIClient(made).OpenaiAPI.CreateCompletion(context.Background())
-    answer, _, err := call.CompletionRequest(*body).Execute()
-    if err != nil { t.Fatal(err) }
-    fmt.Println(answer.Choices[0].GetFinishReason())
-}
-"""
-TSC = (
-    "npx tsc --strict --skipLibCheck --target es2022 --module nodenext --moduleResolution nodenext "
-    "--lib es2022,dom --types node --outDir js call.ts && node js/call.js"
-)
-NPM = "npm init -y && npm install typescript@5 @types/node"
-VENV = "python3 -m venv venv && venv/bin/pip install -q"
+ROOT = Path(__file__).parent.parent
+CALLS = ROOT / "scripts" / "calls"
+MODEL = "gpt2-tales"
+CHAT_TEMPLATE = "{% for each in messages %}{{ each.content }}\n\n{% endfor %}"
+
+VENV = f"{sys.executable} -m venv venv && venv/bin/pip install -q"
+PYTHON = "venv/bin/python call.py"
+NPM = "npm init -y > npm.log && npm install --no-fund --no-audit >> npm.log"
 # The jar comes from PyPI.
 GENERATE = (
     f"{VENV} openapi-generator-cli && java -jar "
     "venv/lib/python*/site-packages/openapi_generator_cli/openapi-generator.jar "
-    "generate -i openapi.json -o client -g"
+    "generate -i openapi.json -o client > generate.log -g"
 )
-# Each with its call, the file that this is written to, and what is done.
+GENERATOR = "venv/bin/pip list | grep openapi-generator-cli"
+TSC = (
+    "npx tsc --strict --skipLibCheck --target es2022 --module nodenext --moduleResolution nodenext "
+    "--lib es2022,dom --types node --outDir js call.ts && node js/call.js"
+)
+# Of each client: its call, the name under which that is wanted, and what is done. The last line
+# that this prints is told.
 CLIENTS = {
-    "python": (
-        OPENAPI_PYTHON, "call.py",
-        f"{GENERATE} python && venv/bin/pip install -q ./client && venv/bin/python call.py",
+    "openai": ("openai.py", "call.py", f"{VENV} openai && {PYTHON}"),
+    "openai-node": ("openai.mjs", "openai.mjs", f"{NPM} openai && node openai.mjs"),
+    "openai-chromium": (
+        "chromium.py", "call.py",
+        f"{NPM} openai && cp {CALLS}/openai.mjs . && {VENV} playwright && {PYTHON}",
+    ),
+    "jdk": ("Jdk.java", "Jdk.java", "java Jdk.java"),
+    "langchain-openai": (
+        "langchain-openai.py", "call.py", f"{VENV} langchain-openai && {PYTHON}",
+    ),
+    "litellm": ("litellm.py", "call.py", f"{VENV} litellm && {PYTHON}"),
+    "llama-index": (
+        "llama-index.py", "call.py", f"{VENV} llama-index-llms-openai-like && {PYTHON}",
+    ),
+    "llm": ("llm.sh", "call.sh", f"{VENV} llm && source call.sh"),
+    "lm-eval": ("lm-eval.sh", "call.sh", f"{VENV} 'lm-eval[api]' && source call.sh"),
+    "guidellm": ("guidellm.sh", "call.sh", f"{VENV} guidellm && source call.sh"),
+    "promptfoo": ("promptfoo.sh", "call.sh", f"{NPM} promptfoo && source call.sh"),
+    "prometheus": ("prometheus.sh", "call.sh", "source call.sh"),
+    # Made from the OpenAPI document.
+    "openapi-generator-python": (
+        "openapi-generator.py", "call.py",
+        f"{GENERATE} python && venv/bin/pip install -q ./client && {PYTHON} && {GENERATOR}",
     ),
     "openapi-python-client": (
-        PYTHON_CLIENT, "call.py",
+        "openapi-python-client.py", "call.py",
         f"{VENV} openapi-python-client && PATH=$PWD/venv/bin:$PATH openapi-python-client generate "
-        "--path openapi.json --output-path client && venv/bin/pip install -q ./client && "
-        "venv/bin/python call.py",
+        f"--path openapi.json --output-path client && venv/bin/pip install -q ./client && {PYTHON} "
+        "&& venv/bin/openapi-python-client --version",
     ),
-    "typescript-fetch": (
-        TYPESCRIPT_FETCH, "call.ts", f"{GENERATE} typescript-fetch && {NPM} && {TSC}",
+    "openapi-generator-typescript": (
+        "typescript-fetch.ts", "call.ts",
+        f"{GENERATE} typescript-fetch && {NPM} typescript@5 @types/node && {TSC} && {GENERATOR}",
+    ),
+    "openapi-generator-java": (
+        "CallTest.java", "CallTest.java",
+        f"{GENERATE} java && mv CallTest.java client/src/test/java && cd client && "
+        f"mvn -q -B test -Dtest=CallTest && cd .. && {GENERATOR}",
+    ),
+    "openapi-generator-go": (
+        "openapi-generator_test.go", "call_test.go",
+        f"{GENERATE} go && mv call_test.go client && cd client && go test -run TestCall . && "
+        "cd .. && " + GENERATOR,
     ),
     "hey-api": (
-        HEY_API, "call.ts",
-        f"{NPM} @hey-api/openapi-ts && npx openapi-ts -i openapi.json -o client && {TSC}",
+        "hey-api.ts", "call.ts",
+        f"{NPM} typescript@5 @types/node @hey-api/openapi-ts && npx openapi-ts -i openapi.json "
+        f"-o client && {TSC} && npm ls @hey-api/openapi-ts | tail -2",
     ),
-    "go": (GO, "call_test.go", f"{GENERATE} go && cp call_test.go client && cd client && "
-           "go test -v -run TestCall ."),
-    "java": ("", "none", f"{GENERATE} java && cd client && mvn -q -B compile"),
 }  # fmt: skip
 
 
-def try_client(name: str, address: str, document: bytes) -> bool:
-    """Whether the client compiles and its call is answered; tells which."""
-    call, file_name, command = CLIENTS[name]
+class Service(NamedTuple):
+    """address: without a slash at its end. model_folder: of the model that is served. page_port:
+    pages from there may call the service."""
+
+    address: str
+    model_folder: Path
+    page_port: int
+
+
+@contextmanager
+def service() -> Iterator[Service]:
+    """A service in a process of its own until the end of the block."""
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("", 0)) as other:
+        port, page_port = (each.getsockname()[1] for each in (one, other))
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "openapi.json").write_bytes(document)
-        Path(folder, file_name).write_text(call.replace("ADDRESS", address))
-        done = subprocess.run(
-            ["bash", "-c", f"set -e; {command}"], cwd=folder, capture_output=True, text=True
+        model_folder = Path(folder, MODEL)
+        shutil.copytree(ROOT / MODEL, model_folder)
+        (model_folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+        origin = f"http://127.0.0.1:{page_port}"
+        settings = {"MODEL_NAME": str(model_folder), "CORS_ORIGINS": origin}
+        command = [sys.executable, "-m", "uvicorn", "main:app", "--port", str(port)]
+        command += ["--log-level", "warning"]
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | settings, stdout=subprocess.DEVNULL
         )
-    works = done.returncode == 0 and ("length" in done.stdout or not call)
-    print(f"{name:24}{'works' if works else 'FAILS'}")
-    if not works:
-        print(done.stdout[-2000:], done.stderr[-2000:], file=sys.stderr)
-    return works
+        try:
+            address = f"http://localhost:{port}"
+            wait_for(f"{address}/ready")
+            yield Service(address, model_folder, page_port)
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def wait_for(address: str) -> None:
+    for _ in range(600):
+        try:
+            urllib.request.urlopen(address).close()
+            return
+        except urllib.error.URLError:
+            time.sleep(0.1)
+    raise TimeoutError(address)
+
+
+def try_client(name: str, service: Service) -> bool:
+    """Whether the client can be made and its call is answered; prints which."""
+    call, file_name, command = CLIENTS[name]
+    environment = os.environ | {
+        "ADDRESS": service.address, "MODEL": MODEL, "FOLDER": str(service.model_folder),
+        "PAGE_PORT": str(service.page_port),
+    }  # fmt: skip
+    started_seconds = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        with urllib.request.urlopen(f"{service.address}/openapi.json") as document:
+            Path(folder, "openapi.json").write_bytes(document.read())
+        shutil.copyfile(CALLS / call, Path(folder, file_name))
+        done = subprocess.run(
+            ["bash", "-c", f"set -e -o pipefail; {command}"],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+    told = done.stdout.strip().splitlines()[-1:] if done.returncode == 0 else ["FAILS"]
+    print(f"{name:30}{time.monotonic() - started_seconds:5.0f} s  {' '.join(told)}", flush=True)
+    if done.returncode:
+        print(done.stdout[-3000:], done.stderr[-3000:], file=sys.stderr)
+    return done.returncode == 0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("address", help="of the service, with the bundled model")
-    parser.add_argument("names", nargs="*", help=", ".join(CLIENTS))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(CLIENTS))
     args = parser.parse_args()
-    document = urllib.request.urlopen(f"{args.address}/openapi.json").read()
-    works = [try_client(name, args.address, document) for name in args.names or CLIENTS]
+    with service() as served:
+        works = [try_client(name, served) for name in args.names or CLIENTS]
     return 0 if all(works) else 1
 
 

@@ -129,6 +129,12 @@ def document_models(document: dict[str, Any], registry: ModelRegistry) -> None:
             each[name]["examples"] = [registry.default.name]
         if "top_k" in each and sizes:
             each["top_k"]["maximum"] = min(sizes)
+    # Swagger fills in what stands beside a parameter's schema, not the examples within it.
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            for parameter in operation.get("parameters", ()):
+                if parameter["required"]:
+                    parameter["example"] = parameter["schema"]["examples"][0]
 
 
 def document_chat(document: dict[str, Any], registry: ModelRegistry) -> None:

@@ -186,13 +186,14 @@ async def close_for_nobody(_: Request, error: ClientGone) -> Response:
 
 
 def allowed_methods(app: FastAPI, path: str) -> set[str]:
-    """The methods of all routes on this path, not of the first alone; those of a file if none."""
+    """The methods of all routes on this path, not of the first alone; those of a file if none.
+    Empty where there is nothing, as on a path that is reserved."""
     routes = [route for route in iter_route_contexts(app.routes) if route.methods]
     first = next((route.path for route in routes if route.path_regex.match(path)), None)
-    return {m for route in routes if route.path == first for m in route.methods or ()} or {
-        "GET",
-        "HEAD",
-    }
+    if first == "/{prompt}" and reserved(path):
+        return set()
+    methods = {m for route in routes if route.path == first for m in route.methods or ()}
+    return methods or {"GET", "HEAD"}
 
 
 async def report_refusal(http: Request, error: HTTPException) -> Response:
@@ -200,12 +201,12 @@ async def report_refusal(http: Request, error: HTTPException) -> Response:
     if error.status_code == 400:  # which only FastAPI raises, for a body that it cannot read
         return refuse_fields(http, [value_error("body", msg="not valid JSON")])
     path = route_path(http.scope)
-    is_a_route = getattr(http.scope.get("route"), "path", None) == path
-    if error.status_code in (404, 405) and not is_a_route and (reason := reserved(path)):
+    allowed = allowed_methods(http.app, path) if error.status_code == 405 else set()
+    if error.status_code in (404, 405) and not allowed and (reason := reserved(path)):
         return error_response(http.scope, 404, reason)
     headers = dict(error.headers or {})
     if error.status_code == 405:
-        headers["Allow"] = ", ".join(sorted(allowed_methods(http.app, path)))
+        headers["Allow"] = ", ".join(sorted(allowed))
         if http.method == "OPTIONS":
             return Response(status_code=204, headers=headers)
     return error_response(http.scope, error.status_code, error.detail, headers)

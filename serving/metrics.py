@@ -41,6 +41,13 @@ class ModelMetrics:
     SLOTS = Gauge("vllm:max_num_seqs", "Sequences that can run at once.", ["model_name"])
     PROMPT_TOKENS = Counter("vllm:prompt_tokens", "Prompt tokens computed.", ["model_name"])
     GENERATION_TOKENS = Counter("vllm:generation_tokens", "Tokens generated.", ["model_name"])
+    DRAFTS = Counter(
+        "vllm:spec_decode_num_drafts", "Sequences' steps with drafted tokens.", ["model_name"]
+    )
+    DRAFT_TOKENS = Counter("vllm:spec_decode_num_draft_tokens", "Tokens drafted.", ["model_name"])
+    ACCEPTED_TOKENS = Counter(
+        "vllm:spec_decode_num_accepted_tokens", "Drafted tokens that were drawn.", ["model_name"]
+    )
     FINISHED = Counter(
         "vllm:request_success", "Sequences finished.", ["model_name", "finished_reason"]
     )
@@ -71,6 +78,9 @@ class ModelMetrics:
         self.name = name
         self.prompt_tokens = self.PROMPT_TOKENS.labels(name)
         self.generation_tokens = self.GENERATION_TOKENS.labels(name)
+        self.drafts = self.DRAFTS.labels(name)
+        self.draft_tokens = self.DRAFT_TOKENS.labels(name)
+        self.accepted_tokens = self.ACCEPTED_TOKENS.labels(name)
         self.queue = self.QUEUE.labels(name)
         self.first_token = self.FIRST_TOKEN.labels(name)
         self.next_token = self.NEXT_TOKEN.labels(name)
@@ -88,6 +98,9 @@ class ModelMetrics:
             + len(stats.inter_token_seconds)
             + stats.num_untimed_tokens
         )
+        self.drafts.inc(stats.num_drafts)
+        self.draft_tokens.inc(stats.num_draft_tokens)
+        self.accepted_tokens.inc(stats.num_accepted_tokens)
         for histogram, seconds in (
             (self.queue, stats.queue_seconds),
             (self.first_token, stats.time_to_first_token_seconds),

@@ -164,6 +164,7 @@ class ModelLoader:
             max_num_seqs=settings.max_num_seqs,
             max_queue_size=settings.max_queue_size,
             max_model_len=settings.max_model_len,
+            speculative_tokens=settings.speculative_tokens,
             quantization=choose_quantization(settings),
             dtype=choose_dtype(settings),
             num_threads=self.num_threads,

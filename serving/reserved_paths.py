@@ -20,6 +20,7 @@ RESERVED = {
     "the version is in GET /openapi.json": """
         api/version api/extra/version build_info buildinfo server_info get_server_info info
         version v1/version""",
+    "texts are at POST /generate": "generate generate-text generate_stream",
     "completions are at POST /v1/completions": """
         api/completions api/generate api/v1/generate completion completions engines infill
         invocations predict predictions v1/v1/completions""",
@@ -31,8 +32,9 @@ RESERVED = {
     "tokens are at POST /tokenize and POST /detokenize": """
         detokenize tokenize v1/detokenize v1/tokenize""",
     "there is no such API here": """
-        apply-template embedding embeddings lora-adapters rerank responses
-        static-offline-docs v1/embeddings v1/responses""",
+        apply-template classify collective_rpc embedding embeddings flush_cache get_load is_paused
+        is_sleeping lora-adapters pooling rerank responses score static-offline-docs v1/embeddings
+        v1/responses""",
 }
 RIGHT_PATHS = {f"/{path}": told for told, paths in RESERVED.items() for path in paths.split()}
 

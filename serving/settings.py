@@ -85,6 +85,13 @@ class Settings(BaseSettings):
         ge=16,
         description="Tokens of prompt and text together. Unset: the model's context.",
     )
+    speculative_tokens: int = Field(
+        default=15,
+        ge=0,
+        le=15,
+        description="Tokens that may be drafted for a sequence in one step, for texts that repeat "
+        "themselves, while few run. No text changes by it. 0: none.",
+    )
     request_timeout_seconds: float = Field(
         default=120, gt=0, description="A request that takes longer is answered 504."
     )

@@ -36,8 +36,8 @@ from transformers.utils import logging as transformers_logging
 
 from engine import Delta, Engine, EngineRequest, Prompt, SamplingParams, TextReading
 from engine.request import Sequence
+from tests.forked import ROOT, Forked, can_fork
 
-ROOT = Path(__file__).parent.parent
 NAME = "gpt2-tales"
 FOLDER = ROOT / NAME
 PROMPT = "Once upon a time"
@@ -75,7 +75,7 @@ def serve_in_thread(app: Any, port: int = 0, root_path: str = "") -> Iterator[st
 class Served:
     """A service in a process of its own, and what it has written."""
 
-    def __init__(self, process: subprocess.Popen[str], address: str):
+    def __init__(self, process: subprocess.Popen[str] | Forked, address: str):
         self.process = process
         self.address = address
         self.lines: list[str] = []
@@ -106,14 +106,19 @@ def served(
     through: a command that is given that of the service as its arguments, and becomes it."""
     with socket.create_server(("127.0.0.1", port)) as free:
         port = free.getsockname()[1]
-    command = [*through, sys.executable, "-m", "uvicorn", "main:app", "--port", str(port)]
-    process = subprocess.Popen(
-        [*command, *arguments],
-        cwd=folder,
-        env=os.environ | settings,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    command = ["-m", "uvicorn", "main:app", "--port", str(port), *arguments]
+    environment = os.environ | settings
+    process: subprocess.Popen[str] | Forked
+    if folder == ROOT and not through and "--reload" not in arguments and can_fork(settings):
+        process = Forked(command, environment)
+    else:
+        process = subprocess.Popen(
+            [*through, sys.executable, *command],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
     assert process.stdout
     service = Served(process, f"http://127.0.0.1:{port}")
     try:

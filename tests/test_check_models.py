@@ -1,12 +1,10 @@
 """The ten architectures that are asked for most, as docs/models.md checks them."""
 
 import re
-import subprocess
-import sys
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tests.support import ROOT
+from tests.forked import ROOT, run_python
 
 MOST_USED = (
     "gpt2", "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt_neox",
@@ -15,8 +13,7 @@ MOST_USED = (
 
 
 def test_most_used_architectures_are_served_right() -> None:
-    command = [sys.executable, "scripts/check_models.py", "--new-tokens=5", *MOST_USED]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = run_python("scripts/check_models.py", "--new-tokens=5", *MOST_USED)
     *lines, counts = done.stdout.splitlines()
     got = [f"{line[:9].strip()} {line[9:35].strip()}" for line in lines]
     assert got == [f"right {name}" for name in MOST_USED], done.stdout + done.stderr

@@ -143,6 +143,12 @@ def test_ci_runs_make_test() -> None:
     script = ROOT / ".ci" / "run"
     lines = script.read_text().splitlines()
     assert lines[:2] == ["#!/usr/bin/env bash", "set -euo pipefail"]
-    assert {"export CI=true", "make test", "make test-processors", "make test-ray"} <= set(lines)
+    assert {
+        "export CI=true",
+        "make test",
+        "make test-processors",
+        "make test-clients",
+        "make test-ray",
+    } <= set(lines)
     assert "|| true" not in script.read_text()
     assert os.name == "nt" or os.access(script, os.X_OK)

@@ -24,6 +24,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_play
 from playwright.sync_api import Error as PlaywrightError
 
 import main
+from serving.documentation import NO_CHAT
 from serving.middleware import ApiKeyMiddleware, RequestContextMiddleware, key_digest
 from serving.rate_limits import RateLimitMiddleware
 from tests.support import (
@@ -839,6 +840,23 @@ def test_docs_authorize_and_try_out_with_a_key(keyed: Keyed, proxied: Page) -> N
         answered = operation.locator(".live-responses-table .response-col_status")
         expect(answered.last).to_have_text(re.compile(status))
     expect(operation.locator(".live-responses-table")).to_contain_text('"text_completion"')
+
+
+def test_docs_try_out_every_operation_as_it_is_filled_in(proxied: Page) -> None:
+    """Swagger does not fill in the examples within a parameter's schema: `prompt` was empty."""
+    with serve_in_thread(main.app) as address:
+        document = httpx.get(f"{address}/openapi.json").json()
+        described = [each for methods in document["paths"].values() for each in methods.values()]
+        proxied.goto(f"{address}/docs")
+        expect(proxied.locator(".opblock")).to_have_count(len(described))
+        for button in (".opblock-summary-control", ".try-out__btn", ".execute"):
+            expect(proxied.locator(button)).to_have_count(len(described))
+            script = "all => document.querySelectorAll(all).forEach(each => each.click())"
+            proxied.evaluate(script, button)
+        for each in described:
+            block = proxied.locator(f"#operations-{each['tags'][0]}-{each['operationId']}")
+            answered = block.locator(".live-responses-table tbody .response-col_status")
+            expect(answered).to_contain_text("400" if NO_CHAT in each["description"] else "200")
 
 
 @pytest.mark.parametrize("has_key", [False, True])

@@ -8,13 +8,10 @@ comes from a scripted one.
 import asyncio
 import json
 import logging
-import os
 import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -38,10 +35,10 @@ from serving.model_loader import ModelLoader
 from serving.rate_limits import RateLimitMiddleware
 from serving.registry import load_models
 from serving.settings import Settings
+from tests.forked import run_python
 from tests.support import (
     FOLDER,
     PROMPT,
-    ROOT,
     Served,
     events,
     metric,
@@ -784,14 +781,7 @@ def test_service_of_external_models_alone_starts_without_them() -> None:
         "print(told, file=sys.stderr)\n"
     )
     settings = {"MODEL_NAME": "far=http://127.0.0.1:9/v1,https=https://127.0.0.1:9/v1"}
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | settings,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    run = run_python("-c", code, **settings)
     assert run.returncode == 0, run.stderr
     assert run.stderr.endswith("[200, False, None]\n")
     assert run.stdout.count("far: upstream cannot be reached") == 1

@@ -146,9 +146,8 @@ def test_text_in_company_is_what_the_model_generates_alone(case: str) -> None:
         assert torch.allclose(logits[:, row], own_logits, atol=own_logits.std().item() * 1e-3)
 
 
-@pytest.mark.parametrize(
-    ("case", "dtype"),
-    [
+@pytest.fixture(
+    params=[
         ("cap and windows", torch.float32),
         ("cap and windows", torch.bfloat16),
         ("sinks", torch.float32),
@@ -156,21 +155,47 @@ def test_text_in_company_is_what_the_model_generates_alone(case: str) -> None:
         ("alibi", torch.float32),
         ("longrope", torch.float32),
     ],
+    ids=lambda param: f"{param[0]} {param[1]}",
 )
-def test_bits_depend_on_neither_company_nor_capacity(
-    case: str, dtype: torch.dtype, request: pytest.FixtureRequest
-) -> None:
-    """Beside a sequence of 120 tokens the cache has room for 128 or more tokens, alone for 64."""
+def invariant_runner(request: pytest.FixtureRequest) -> ModelRunner:
+    """One whose products never differ, as each is of 16 rows."""
+    case, dtype = request.param
     if dtype == torch.bfloat16:
         request.getfixturevalue("bfloat16_engine")  # skips where there is no such kernel
     options = {"num_experts_per_tok": 1, "num_local_experts": 1} if case == "sinks" else {}
     runner = make_runner(make(case, **options).to(dtype))
-    runner.min_rows = runner.max_rows = 16  # so that products never differ
+    runner.min_rows = runner.max_rows = 16
+    return runner
+
+
+def test_bits_depend_on_neither_company_nor_capacity(invariant_runner: ModelRunner) -> None:
+    """Beside a sequence of 120 tokens the cache has room for 128 or more tokens, alone for 64."""
+    runner = invariant_runner
     alone = continue_greedily(runner, sequences(prompt=prompt(12)), 30)[:, 0]
     together = [seq for length in (12, 120, 12) for seq in sequences(prompt=prompt(length))]
     among = continue_greedily(runner, together, 30)
     assert torch.equal(among[:, 0], alone)
     assert torch.equal(among[:, 2], alone)
+
+
+def test_drafted_tokens_get_the_bits_that_steps_give_them(invariant_runner: ModelRunner) -> None:
+    """Five at a time, beside a sequence of 120 tokens; wrong ones leave nothing behind."""
+    runner = invariant_runner
+    stepping = sequences(prompt=prompt(12))
+    alone = continue_greedily(runner, stepping, 30)[:, 0]
+    token_ids = stepping[0].output_token_ids
+    running = [seq for length in (120, 12) for seq in sequences(prompt=prompt(length))]
+    output = running[1].output_token_ids
+    with torch.inference_mode():
+        runner.forward(running, 2)
+        output.append(token_ids[0])
+        while len(output) < 29:
+            num_right = int(min(29 - len(output), 3, runner.num_tokens_until_renewal(running[1])))
+            draft = token_ids[len(output) :][:num_right]
+            wrong = [] if num_right < 3 else [1, 2]
+            got = runner.forward(running, 0, [[], [*draft, *wrong]])
+            assert torch.equal(got[1 : 2 + num_right], alone[len(output) :][: num_right + 1])
+            output += [*draft, token_ids[len(output) + num_right]]
 
 
 def test_sequences_of_one_prompt_go_apart_past_the_window() -> None:

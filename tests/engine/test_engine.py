@@ -149,7 +149,7 @@ def fillers(engine: Engine, count: int) -> list[Coroutine[Any, Any, Any]]:
 
 def check_seeds(engine: Engine) -> None:
     """Not only the texts, the logits themselves have to be the same to the last bit."""
-    wanted = [{"max_new_tokens": 60, "num_logprobs": 2, "ignore_eos": True, **r} for r in SEEDED]
+    wanted = [{"max_new_tokens": 40, "num_logprobs": 2, "ignore_eos": True, **r} for r in SEEDED]
     alone = [run(answer(engine, **request))[0] for request in wanted]
     others = fillers(engine, 30)
     requests = [answer(engine, **request) for request in wanted]
@@ -559,8 +559,8 @@ def test_logits_of_nan_end_their_own_sequence_alone(
     """They ended all sequences of the step, or, greedy, gave any token."""
     forward = small_engine.runner.forward
 
-    def broken(running: list[Sequence], num_admitted: int) -> torch.Tensor:
-        logits = forward(running, num_admitted)
+    def broken(running: list[Sequence], num_admitted: int, drafts: Any) -> torch.Tensor:
+        logits = forward(running, num_admitted, drafts)
         for row, seq in enumerate(running):
             if seq.params.seed == 13 and len(seq.output_token_ids) == 3:
                 logits[row, 5] = torch.nan

@@ -183,6 +183,7 @@ def test_measured_rows_are_those_with_the_same_bits(
 
     monkeypatch.setattr(runner, "run", logits)
     assert runner.measure_batch_invariance() == row_range
+    assert runner.is_invariant
 
 
 def test_mixture_of_experts_is_told_to_keep_seeds_only_alone(
@@ -200,6 +201,7 @@ def test_mixture_of_experts_is_told_to_keep_seeds_only_alone(
     model = MixtralForCausalLM(config)
     runner = ModelRunner(model, max_num_seqs=8, max_model_len=256, kernel=kernel)
     assert runner.measure_batch_invariance() == (1, 40)
+    assert not runner.is_invariant
     assert (
         "MixtralForCausalLM: the same seed gives the same text only for requests that run alone"
         in caplog.text

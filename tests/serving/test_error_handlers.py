@@ -17,9 +17,13 @@ client = new_client()
         ("POST", "/health", "GET, HEAD"),
         ("GET", "/v1/completions", "POST"),
         ("DELETE", "/v1/models/a", "GET, HEAD"),
+        ("POST", "/openapi.json", "GET, HEAD"),
     ],
 )
 def test_405_names_every_method_of_the_path(method: str, path: str, allowed: str) -> None:
-    """Was that of a file on every included route, which the app's own list of routes hides."""
+    """Was that of a file on every included route, which the app's own list of routes hides; that of
+    `/openapi.json` was a 404, as of the bare name of a file."""
     response = client.request(method, path)
     assert (response.status_code, response.headers["Allow"]) == (405, allowed)
+    options = client.options(path)
+    assert (options.status_code, options.headers["Allow"]) == (204, allowed)

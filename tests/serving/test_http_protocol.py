@@ -369,7 +369,7 @@ def test_client_that_leaves_with_a_request_ahead_frees_its_place(
     wait_until(lambda: any(line["request_id"] == id_ for line in service.log()))
     (line,) = [line for line in service.log() if line["request_id"] == id_]
     assert line["generated_tokens"] < 8 * 250 / 2
-    assert num_running(service) == 0
+    wait_until(lambda: num_running(service) == 0)  # the engine lets go of it in its next turn
 
 
 @pytest.mark.parametrize("ahead", [(GET + b"\r\n") * 20, as_request({"prompt": "a" * 40_000}) * 2])

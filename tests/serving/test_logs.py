@@ -21,6 +21,7 @@ from backends.reader import Reader
 from engine import available_cores
 from serving.logs import USAGE_COLUMNS, JsonLines, LineQueue, TextFormatter, UsageFile
 from serving.model_loader import ModelLoader
+from tests.forked import run_python
 from tests.support import FOLDER, NAME, PROMPT, ROOT, Served, fail, served, wait_until
 
 client = TestClient(main.app)
@@ -196,13 +197,8 @@ def answers(http: httpx.Client) -> bool:
 
 def test_log_of_a_start_that_fails_is_whole() -> None:
     too_many = str(available_cores() + 1)
-    ran = subprocess.run(
-        [sys.executable, "-m", "uvicorn", "main:app"],
-        cwd=ROOT,
-        env=os.environ | {"TORCH_NUM_THREADS": too_many, "MODEL_NAME": f"/no/such/folder,{FOLDER}"},
-        capture_output=True,
-        text=True,
-    )
+    settings = {"TORCH_NUM_THREADS": too_many, "MODEL_NAME": f"/no/such/folder,{FOLDER}"}
+    ran = run_python("-m", "uvicorn", "main:app", **settings)
     assert (ran.returncode, ran.stderr.count("MODEL_NAME: cannot load")) == (1, 1)
     messages = [json.loads(line)["message"] for line in ran.stdout.splitlines()]
     assert messages[0].startswith(f"TORCH_NUM_THREADS is {too_many}")

@@ -5,10 +5,7 @@ Tests marked `contract` may be sent to another service; so only the others impor
 
 import asyncio
 import json
-import os
 import re
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,7 +26,8 @@ from serving.middleware import (
     read_api_keys,
 )
 from serving.settings import Settings
-from tests.support import ROOT, new_client, refused_fields, served, wait_until
+from tests.forked import run_python
+from tests.support import new_client, refused_fields, served, wait_until
 
 client = new_client()
 
@@ -306,13 +304,7 @@ def test_413_and_500_have_the_headers_of_every_answer() -> None:
             print(json.dumps([answer.status_code, answer.json(), dict(answer.headers)]))
     """
     settings = {"CORS_ORIGINS": "https://a", "RATE_LIMIT": "9", "MAX_BODY_BYTES": "1500"}
-    ran = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=os.environ | settings | {"LOG_LEVEL": "ERROR"},
-        capture_output=True,
-        text=True,
-    )
+    ran = run_python("-c", code, LOG_LEVEL="ERROR", **settings)
     assert ran.returncode == 0, ran.stderr
     answers = [json.loads(line) for line in ran.stdout.splitlines()]
     assert [(status, body["detail"]) for status, body, _ in answers] == [

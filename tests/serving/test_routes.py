@@ -303,7 +303,7 @@ def test_path_prompt_is_continued() -> None:
 
 
 @pytest.mark.contract
-@pytest.mark.parametrize("prompt", ["a/b", "a?b", "50% off", "naïve 日本", "generate", "a&b=c"])
+@pytest.mark.parametrize("prompt", ["a/b", "a?b", "50% off", "naïve 日本", "generated", "a&b=c"])
 def test_path_prompt_is_decoded_once(prompt: str) -> None:
     path = "/" + "".join(f"%{byte:02x}" for byte in prompt.encode())
     response = client.get(path, params={"max_new_tokens": 1})
@@ -333,6 +333,8 @@ def test_path_of_a_file_never_reaches_the_model(
         ("GET", "/info", "/openapi.json"),
         ("GET", "/props", "/v1/models"),
         ("GET", "/tokenize", "POST /tokenize"),
+        ("GET", "/is_sleeping", "no such API"),
+        ("GET", "/generate", "POST /generate"),
         ("GET", "/health/", "/health"),
         ("GET", "/health/ready", "/ready"),
         ("POST", "/completions", "/v1/completions"),

@@ -1,33 +1,21 @@
 """The settings are read once, refused in one line, and written down wherever one looks for them."""
 
 import json
-import os
 import re
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from serving.settings import Settings
+from tests.forked import run_python
 from tests.support import ROOT
 
 
 def start(**environment: str) -> subprocess.CompletedProcess[str]:
     """What a process that only imports the service prints. The log goes to standard output, in its
     own time."""
-    return subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import main, sys; print(main.settings.model_dump_json(), file=sys.stderr)",
-        ],
-        env={**os.environ, **environment},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    code = "import main, sys; print(main.settings.model_dump_json(), file=sys.stderr)"
+    return run_python("-c", code, **environment)
 
 
 BAD_SETTINGS = [  # what one start can tell, a start each
@@ -43,7 +31,7 @@ BAD_SETTINGS = [  # what one start can tell, a start each
 
 def test_settings_bad_value_stops_the_start() -> None:
     def start_with(bad: dict[str, tuple[str, str]]) -> subprocess.CompletedProcess[str]:
-        return start(HF_HUB_OFFLINE="1", **{variable: bad[variable][0] for variable in bad})
+        return start(**{variable: bad[variable][0] for variable in bad})
 
     with ThreadPoolExecutor() as pool:
         for bad, stopped in zip(BAD_SETTINGS, pool.map(start_with, BAD_SETTINGS), strict=True):
