@@ -17,12 +17,6 @@ from tests.support import NAME, new_client, tokenizer
 client = new_client()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def new_document() -> None:
-    """The document is made once, maybe while another test served other models."""
-    main.app.openapi_schema = None
-
-
 def schemas_within(node: Any) -> Iterator[dict[str, Any]]:
     """Every object of the document."""
     if isinstance(node, dict):

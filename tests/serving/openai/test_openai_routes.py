@@ -81,6 +81,7 @@ def address(request: pytest.FixtureRequest) -> Iterator[str]:
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(main.registry, "backends", request.getfixturevalue("backends"))
+        patch.setattr(main.app, "openapi_schema", None)  # it tells of the models
         with serve_in_thread(main.app) as address:
             yield address
 
