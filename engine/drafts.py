@@ -18,6 +18,8 @@ from engine.request import Sequence
 MOST_ROWS = 16  # of a pass with drafts; so many may always be (measure_batch_invariance)
 PASS_ROWS = 12  # a pass over no rows would take as long as so many rows add: 9 to 19 as measured
 NGRAM_TOKENS = (3, 2, 1)  # so many of the last tokens are looked for, the longest first
+LOOK_BACK_TOKENS = 1024  # in so many: a look-up belongs to every step, and a text may be long
+MOST_TRIES = 16  # at places that turn out to lie across two tokens; a prompt can be full of them
 LEARNING_RATE = 0.1  # what one guess counts in a sequence's hit rate
 LOWEST_HIT_RATE, HIGHEST_HIT_RATE = 0.01, 0.99
 
@@ -46,8 +48,9 @@ class Drafter:
         for row, seq in enumerate(seqs):
             learn(seq)
             seq.num_tokens_before_guess = seq.num_tokens
-            token_ids = seq.request.prompt_token_ids + seq.output_token_ids
-            seq.guess = look_up(token_ids, self.max_tokens)
+            prompt, output = seq.request.prompt_token_ids, seq.output_token_ids
+            last = (prompt[-LOOK_BACK_TOKENS:] + output[-LOOK_BACK_TOKENS:])[-LOOK_BACK_TOKENS:]
+            seq.guess = look_up(last, self.max_tokens)
             # Behind the last one a token is drawn, which has to be within the text's length too.
             room_tokens = seq.params.max_new_tokens - len(seq.output_token_ids) - 1
             most_tokens = min(len(seq.guess), room_tokens, num_tokens_until_renewal(seq))
@@ -83,10 +86,13 @@ def look_up(token_ids: list[int], num_tokens: int) -> list[int]:
     text, width = packed.tobytes(), packed.itemsize  # bytes are searched much faster than a list
     for size in NGRAM_TOKENS:
         ngram = text[-size * width :]
-        at = text.rfind(ngram, 0, len(text) - width)
-        while at > 0 and at % width:  # it lies across two tokens
-            at = text.rfind(ngram, 0, at + len(ngram) - 1)
-        if at >= 0:
+        end = len(text) - width
+        for _ in range(MOST_TRIES):
+            at = text.rfind(ngram, 0, end)
+            if at < 0 or at % width == 0:
+                break
+            end = at + len(ngram) - 1  # it lies across two tokens
+        if at >= 0 and at % width == 0:
             following = token_ids[at // width + size :]
             return list(islice(cycle(following), num_tokens))
     return []

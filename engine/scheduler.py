@@ -9,6 +9,7 @@ from engine.request import QueueFullError, Sequence, Status
 
 SHORT_PROMPT_TOKENS = 32  # prompts up to here share a step with the batch; longer ones run alone
 MOST_FOR_EACH_FREE = 7  # of something that is shared a client has at most so many for each free one
+MOST_OWED = 7  # times what a long prompt took: whoever else is there, a client has an eighth
 BRIEF_TOKENS = 64  # who generates no more than so many frees its row soon
 
 
@@ -137,14 +138,15 @@ class Scheduler:
     def count_step(self, seconds: float) -> None:
         """Takes note of how long the step took for which `schedule` chose.
 
-        Who had a long prompt in it owes as much time to each other client that was running: the
-        next one has to wait until steps have taken that long.
+        Who had a long prompt in it owes as much time to each other client that was running, to
+        MOST_OWED of them at most: the next one has to wait until steps have taken that long.
         """
         self.step_seconds += seconds
         client = self.long_prompt_client
         if client is not None:
             num_others = len({seq.request.client for seq in self.running} - {client})
-            self.owing_clients[client] = self.step_seconds + seconds * num_others
+            owed_seconds = seconds * min(num_others, MOST_OWED)
+            self.owing_clients[client] = self.step_seconds + owed_seconds
 
     def _may_run(self, seq: Sequence, num_own: int, end_id: float) -> bool:
         num_free = self.max_num_seqs - len(self.running)

@@ -54,6 +54,13 @@ def test_look_up_goes_on_as_it_did_before(token_ids: list[int], expected: list[i
     assert look_up(token_ids, 4) == expected
 
 
+def test_look_up_gives_up_where_all_that_is_found_lies_across_two_tokens() -> None:
+    """Each step looked at all of 1,000 places in a prompt that was made to have them."""
+    across = [1] * 1000  # the bytes of 256 lie between each two of them
+    assert look_up([256, 7, *across[:9], 256], 1) == [7]
+    assert look_up([256, 7, *across, 256], 1) == []
+
+
 def repeating(count: int = 1, max_new_tokens: int = 50, hit_rate: float = 0.5) -> list[Sequence]:
     """Sequences whose next tokens can be guessed."""
     seqs = sequences(SamplingParams(max_new_tokens=max_new_tokens), prompt=[5, 6, 7] * 3)
@@ -258,6 +265,7 @@ def test_step_of_several_tokens_ends_with_the_text(
 ) -> None:
     """The draft goes on beyond the stop string: nothing of it is drawn, or counted."""
     steps = list[StepStats]()
+    settle(llama_engine)  # after clients of other tests, who have left
     monkeypatch.setattr(llama_engine, "on_step", steps.append)
     script = saying(token(" one"), token(" two"))
     got = run(deltas(llama_engine, " one two" * 3, stop=(" one two one two",), **script))[0]

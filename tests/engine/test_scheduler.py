@@ -240,6 +240,23 @@ def test_scheduler_long_prompt_owes_its_time_to_others() -> None:
     assert [step() for _ in range(2)] == ["b", "b"]
 
 
+def test_scheduler_long_prompts_keep_an_eighth_of_the_time() -> None:
+    """Among sixty others, a client would have waited for sixty times as long as its prompt took."""
+    scheduler = Scheduler(max_num_seqs=64, max_queue_size=99)
+    for number in range(40):
+        add(scheduler, sequences(client=f"other {number}"))
+    while scheduler.waiting:
+        scheduler.schedule()
+    add(scheduler, sequences(client="b", prompt=[1] * 99))
+    add(scheduler, sequences(client="b", prompt=[1] * 99))
+    assert clients_of(scheduler.schedule()) == "b"
+    scheduler.count_step(2.0)
+    for _ in range(7):
+        assert scheduler.schedule() == []
+        scheduler.count_step(2.0)
+    assert clients_of(scheduler.schedule()) == "b"
+
+
 def test_scheduler_gives_nobody_more_than_its_part_while_others_are_there() -> None:
     """One client's 62 sequences made every step of two others four times as long."""
     scheduler = Scheduler(max_num_seqs=64, max_queue_size=99)
