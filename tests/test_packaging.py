@@ -147,7 +147,7 @@ def test_ci_runs_make_test() -> None:
     script = ROOT / ".ci" / "run"
     lines = script.read_text().splitlines()
     assert lines[:2] == ["#!/usr/bin/env bash", "set -euo pipefail"]
-    targets = {f"make test{part}" for part in ("", "-processors", "-ray")}
+    targets = {f"make test{part}" for part in ("", "-processors", "-clients", "-ray", "-media")}
     assert {"export CI=true", *targets} <= set(lines)
     assert "|| true" not in script.read_text()
     assert os.name == "nt" or os.access(script, os.X_OK)
