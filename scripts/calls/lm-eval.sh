@@ -11,7 +11,7 @@ doc_to_target: "{{best}}"
 END
 echo '{"begins": "Once upon a", "ends": ["time", "xylophone"], "best": 0}' > tale.json
 venv/bin/lm_eval run --model local-completions --tasks tale --include_path . \
-  --model_args "model=$MODEL,base_url=$ADDRESS/v1/completions,tokenizer=$FOLDER,num_concurrent=2" |
+  --model_args "model=$MODEL,base_url=$ADDRESS/v1/completions,tokenizer_backend=remote,max_length=512" |
   tee result.txt
 grep -q '|acc  .*|  *1|' result.txt
 venv/bin/python -c "from importlib.metadata import version; print('lm-eval', version('lm-eval'))"
