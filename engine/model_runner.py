@@ -19,7 +19,7 @@ from engine.cache import KVCache
 from engine.kernels import Kernel
 from engine.processor import instruction_set
 from engine.request import EngineRequest, InferenceError, Sequence
-from engine.sampler import collect_logprobs
+from engine.sampler import NO_LOGPROBS, collect_logprobs
 from engine.scheduler import SHORT_PROMPT_TOKENS
 from engine.weights import prepare_weights
 
@@ -198,12 +198,11 @@ class ModelRunner:
                 next_token_ids = prompt[start + 1 : start + 1 + SCORED_TOKENS]
                 rows = list(range(first + start, first + start + len(next_token_ids)))
                 logits = head(hidden[self._padded(rows)])[: len(rows)]
-                try:
-                    collected = collect_logprobs(logits, next_token_ids, num_top, ranks)
-                    request.prompt_logprobs += collected
-                except InferenceError as failure:
-                    request.failure = failure
-                    break
+                for logprobs in collect_logprobs(logits, next_token_ids, num_top, ranks):
+                    if logprobs is None:
+                        request.failure = InferenceError(NO_LOGPROBS)
+                    else:
+                        request.prompt_logprobs.append(logprobs)
         logits = head(hidden[self._padded(batch.logit_rows)])
         return logits[: len(batch.logit_rows)].float()
 

@@ -17,6 +17,8 @@ GREEDY, ALL = 0, -1
 BLOCK_TOKENS = 256
 # The likeliest tokens are sought run by run of so many.
 RUN_TOKENS = 64
+ROWS_TOGETHER = 32  # get log probabilities: each takes as much memory as the vocabulary has tokens
+NO_LOGPROBS = "no log probabilities: logits are NaN or infinite"
 
 
 def sample_tokens(
@@ -46,18 +48,34 @@ def sample_tokens(
     ]
     for row, failure in failures.items():
         token_ids[row] = failure
-    for row, row_logits in zip(wanting, raw, strict=True):
-        seq, token_id = seqs[row], token_ids[row]
-        if isinstance(token_id, InferenceError):
-            continue
-        num_top = seq.params.num_logprobs or 0
-        try:
-            (logprobs,) = collect_logprobs(row_logits[None], [token_id], num_top)
-        except InferenceError as failure:  # of a token that cannot be drawn, a logit may be NaN
-            token_ids[row] = failure
-            continue
-        seq.logprobs.append(replace(logprobs, text_offset=len(seq.text)))
+    if wanting:
+        _add_logprobs(raw, wanting, seqs, token_ids)
     return token_ids
+
+
+def _add_logprobs(
+    raw: Tensor,
+    rows: list[int],
+    seqs: SequenceOf[Sequence],
+    token_ids: list[int | InferenceError],
+) -> None:
+    """Gives the sequences of these rows log probabilities of their token, from logits (len(rows),
+    vocab); an error in place of the token where there are none."""
+    drawn = [(at, row, token_ids[row]) for at, row in enumerate(rows)]
+    # Those that want as many likeliest tokens together: of equal ones, others may be among more.
+    for num_top in {seqs[row].params.num_logprobs for row in rows}:
+        same = [
+            (at, row, token_id)
+            for at, row, token_id in drawn
+            if seqs[row].params.num_logprobs == num_top and not isinstance(token_id, InferenceError)
+        ]
+        logits = raw[[at for at, _, _ in same]]
+        collected = collect_logprobs(logits, [token_id for _, _, token_id in same], num_top or 0)
+        for (_, row, _), logprobs in zip(same, collected, strict=True):
+            if logprobs is None:  # of a token that cannot be drawn, a logit may be NaN
+                token_ids[row] = InferenceError(NO_LOGPROBS)
+            else:
+                seqs[row].logprobs.append(replace(logprobs, text_offset=len(seqs[row].text)))
 
 
 def edit_logits(logits: Tensor, seqs: SequenceOf[Sequence], eos_token_ids: Iterable[int]) -> None:
@@ -265,20 +283,24 @@ def _draw_of_likeliest(
 
 def collect_logprobs(
     logits: Tensor, token_ids: SequenceOf[int], num_top: int, ranks: bool = False
-) -> list[PositionLogprobs]:
-    """Of token_ids[i] and the `num_top` likeliest tokens, at each row of logits (B, vocab).
-    ranks: whether with a rank.
-
-    Raises InferenceError where the model gives none.
+) -> list[PositionLogprobs | None]:
+    """Of token_ids[i] and the `num_top` likeliest tokens, at each row of logits (B, vocab); None
+    where logits are NaN or infinite. ranks: whether with a rank.
     """
-    collected = []
-    for row, token_id in zip(logits, token_ids, strict=True):  # in turn: B may be large
-        logprobs = torch.log_softmax(row.float(), dim=-1).clamp_(min=LOWEST_LOGPROB)
-        if logprobs[token_id].isnan():  # if one is, all are
-            raise InferenceError("no log probabilities: logits are NaN or infinite")
+    collected: list[PositionLogprobs | None] = []
+    for start in range(0, len(token_ids), ROWS_TOGETHER):
+        some_ids = list(token_ids[start : start + ROWS_TOGETHER])
+        logprobs = logits[start : start + ROWS_TOGETHER].float().log_softmax(dim=-1)
+        logprobs.clamp_(min=LOWEST_LOGPROB)
+        own = logprobs.gather(1, torch.tensor(some_ids, device=logits.device)[:, None])
         values, ids = logprobs.topk(num_top)
-        top = list(zip(ids.tolist(), values.tolist(), strict=True))
-        own = logprobs[token_id]
-        rank = 1 + int(torch.count_nonzero(logprobs > own)) if ranks else None
-        collected.append(PositionLogprobs(token_id, own.item(), top, rank=rank))
+        num_likelier = torch.count_nonzero(logprobs > own, dim=-1).tolist() if ranks else None
+        rows = zip(some_ids, own[:, 0].tolist(), ids.tolist(), values.tolist(), strict=True)
+        for row, (token_id, logprob, top_ids, top_values) in enumerate(rows):
+            if math.isnan(logprob):  # if one of a row is, all are
+                collected.append(None)
+                continue
+            rank = 1 + num_likelier[row] if num_likelier else None
+            top = list(zip(top_ids, top_values, strict=True))
+            collected.append(PositionLogprobs(token_id, logprob, top, rank=rank))
     return collected

@@ -311,6 +311,18 @@ def test_collect_logprobs_of_the_token_and_the_likeliest() -> None:
     logits = random_logits(2, 50)
     expected = torch.log_softmax(logits, dim=-1)
     for row, got in enumerate(collect_logprobs(logits, [7, 8], num_top=3)):
+        assert got
         assert (got.token_id, got.logprob) == (7 + row, expected[row, 7 + row].item())
         values, token_ids = expected[row].topk(3)
         assert got.top == list(zip(token_ids.tolist(), values.tolist(), strict=True))
+
+
+def test_collect_logprobs_of_a_row_do_not_depend_on_others() -> None:
+    """Equal logits among them, of which either could be told as the likelier."""
+    logits = random_logits(70, 1003).mul(4).round()
+    token_ids = list(range(70))
+    alone = [
+        collect_logprobs(logits[row : row + 1], [row], num_top=5, ranks=True)[0]
+        for row in range(70)
+    ]
+    assert collect_logprobs(logits, token_ids, num_top=5, ranks=True) == alone
