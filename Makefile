@@ -7,7 +7,7 @@ SECONDS ?= 60
 
 VENV := .venv
 PY := $(VENV)/bin/python
-PYTEST := $(PY) -m pytest -n 2 --dist loadfile
+PYTEST := $(PY) -m pytest -n 3 --dist loadfile
 
 .PHONY: help run test check test-processors test-clients test-media run-ray test-ray bench soak clean
 
