@@ -16,14 +16,17 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from engine.attention import refuse_other_attention
 from engine.delivery import Outbox, fail
 from engine.kernels import choose_kernel
+from engine.masks import begin_masks
 from engine.model_check import checked_runner
 from engine.model_runner import ModelRunner
 from engine.output import OutputProcessor
 from engine.quality import QualityTrial
 from engine.request import (
+    ConstraintFailed,
     Delta,
     EngineRequest,
     EngineStoppedError,
+    FinishReason,
     InferenceError,
     Place,
     Prompt,
@@ -381,8 +384,9 @@ class Engine:
             admitted = self.scheduler.schedule(self._unload_before_id)
         stats = _begin_stats(admitted, num_decode=self.num_running - len(admitted))
         running = self.scheduler.running
+        masks = begin_masks(running)
         logits = self.runner.forward(running, len(admitted))
-        token_ids = sample_tokens(logits, running, self.eos_token_ids)
+        token_ids = sample_tokens(logits, running, self.eos_token_ids, masks.result())
         self.scheduler.count_step(time.monotonic() - started_seconds)
         self._postprocess(token_ids, stats)
         if self.on_step:
@@ -390,9 +394,11 @@ class Engine:
         if all(isinstance(token_id, InferenceError) for token_id in token_ids):
             self.runner.probe()  # raises if it is the model, and not what clients ask for
 
-    def _postprocess(self, token_ids: list[int | InferenceError], stats: StepStats) -> None:
-        """Adds each running sequence's token, or ends it with an error of its own; hands out
-        deltas, frees what has finished."""
+    def _postprocess(
+        self, token_ids: list[int | FinishReason | InferenceError], stats: StepStats
+    ) -> None:
+        """Adds each running sequence's token, or ends it with a reason or an error of its own;
+        hands out deltas, frees what has finished."""
         now_seconds, num_rollbacks = time.monotonic(), self.output.num_rollbacks
         outbox = Outbox()
         try:
@@ -418,13 +424,17 @@ class Engine:
         finally:  # so that an error at one sequence takes nothing from those before it
             outbox.send()
 
-    def _append(self, seq: Sequence, token_id: int | InferenceError) -> Delta | None:
-        """What the client gains by this token. Raises InferenceError where there is none, or the
-        text cannot go on."""
+    def _append(self, seq: Sequence, token_id: int | FinishReason | InferenceError) -> Delta | None:
+        """What the client gains by this token, or by the end of the text. Raises InferenceError
+        where there is neither, or the text cannot go on."""
         if isinstance(token_id, InferenceError):
             raise token_id
         try:
+            if isinstance(token_id, str):
+                return self.output.finish(seq, token_id)
             return self.output.append(seq, token_id)
+        except InferenceError:
+            raise
         except Exception as error:
             raise InferenceError("the text of a sequence could not be written") from error
 
@@ -500,7 +510,10 @@ def _fail_sequence(seq: Sequence, failure: InferenceError) -> None:
     """Ends the request of one sequence, unless it has ended; the next turn frees its places."""
     if seq.request.is_aborted:
         return
-    logger.error("a sequence failed; its request ends: %s", failure, exc_info=failure)
+    if isinstance(failure, ConstraintFailed):  # it is the client's
+        logger.warning("a sequence ends: %s", failure)
+    else:
+        logger.error("a sequence failed; its request ends: %s", failure, exc_info=failure)
     fail([seq], failure)
 
 

@@ -19,7 +19,13 @@ from backends.base import (
     Refused,
     Unreachable,
 )
-from engine import EngineStoppedError, InferenceError, QueueFullError
+from engine import (
+    CANNOT_BE_FOLLOWED,
+    ConstraintFailed,
+    EngineStoppedError,
+    InferenceError,
+    QueueFullError,
+)
 from serving.bodies import TooManyParts
 from serving.errors import (
     BUSY,
@@ -48,6 +54,8 @@ def failure_message(error: Exception) -> str:
     """What a client is told of an error that ended its text; the cause is in the log."""
     if isinstance(error, DeadlineExceeded):
         return f"The request took longer than {error.seconds:g} seconds"
+    if isinstance(error, ConstraintFailed):
+        return str(error)
     return STOPPING if isinstance(error, EngineStoppedError) else "Model inference failed"
 
 
@@ -174,6 +182,11 @@ async def report_failed_inference(http: Request, error: InferenceError) -> JSONR
     return error_response(http.scope, 500, failure_message(error))
 
 
+async def refuse_constraint(http: Request, error: ConstraintFailed) -> JSONResponse:
+    count_failure(error)
+    return refuse_fields(http, [value_error("body", error.field, msg=CANNOT_BE_FOLLOWED)])
+
+
 async def report_timeout(http: Request, error: DeadlineExceeded) -> JSONResponse:
     count_failure(error)
     return error_response(http.scope, 504, failure_message(error))
@@ -230,6 +243,7 @@ HANDLERS: dict[type[Exception], Any] = {
     Unreachable: refuse_for_now,
     Busy: refuse_for_now,
     InferenceError: report_failed_inference,
+    ConstraintFailed: refuse_constraint,
     DeadlineExceeded: report_timeout,
     ClientGone: close_for_nobody,
     HTTPException: report_refusal,
