@@ -427,6 +427,8 @@ class Engine:
     def _append(self, seq: Sequence, token_id: int | FinishReason | InferenceError) -> Delta | None:
         """What the client gains by this token, or by the end of the text. Raises InferenceError
         where there is neither, or the text cannot go on."""
+        if seq.request.failure:
+            raise seq.request.failure
         if isinstance(token_id, InferenceError):
             raise token_id
         try:
