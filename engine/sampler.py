@@ -77,11 +77,12 @@ def sample_tokens(
 def restrict(logits: Tensor, seq: Sequence, mask: TokenMask, eos_token_ids: Iterable[int]) -> None:
     """Leaves in logits (vocab,) float32 only tokens that the mask allows, and those that end the
     text where it may end. In place."""
-    ends = [*seq.params.stop_token_ids, *(() if seq.params.ignore_eos else eos_token_ids)]
-    logits_of_ends = logits[ends]
-    logits.masked_fill_(mask.forbidden.to(logits.device), -math.inf)
+    forbidden = mask.forbidden
     if mask.can_end:
-        logits[ends] = logits_of_ends
+        ends = [*seq.params.stop_token_ids, *(() if seq.params.ignore_eos else eos_token_ids)]
+        forbidden = forbidden.clone()
+        forbidden[ends] = False
+    logits.masked_fill_(forbidden.to(logits.device), -math.inf)
 
 
 def _why_none(
