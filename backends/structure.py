@@ -40,6 +40,10 @@ NAMED_PARTS = ("properties", "patternProperties", "$defs", "definitions")
 PARTS = ("items", "prefixItems", "additionalProperties", "allOf", "anyOf", "oneOf")
 
 
+# By the eight bits of each byte, the lowest first: 0, or minus infinity where the bit is 0.
+BIAS_OF_BITS = np.where(np.arange(256)[:, None] >> np.arange(8) & 1, 0, -np.inf).astype(np.float32)
+
+
 class Structure(NamedTuple):
     """What one field of a request asks for.
 
@@ -236,8 +240,8 @@ class StructureMatcher:
         words = np.zeros(vocab_size // 32 + 1, dtype=np.uint32)  # a bit for the end too
         self.matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
         self._raise_failure()
-        bits = np.unpackbits(words.view(np.uint8), bitorder="little")
-        return TokenMask(torch.from_numpy(bits[:vocab_size] == 0), bool(bits[vocab_size]))
+        bias = np.take(BIAS_OF_BITS, words.view(np.uint8), axis=0).reshape(-1)
+        return TokenMask(torch.from_numpy(bias[:vocab_size]), bool(bias[vocab_size] == 0))
 
     def is_complete(self, token_ids: Sequence[int]) -> bool:
         self._follow(token_ids)

@@ -11,11 +11,12 @@ from torch import Tensor
 class TokenMask:
     """What may come after a text.
 
-    forbidden: (vocab,) bool, the tokens that may not. Those that end a text are among them.
+    bias: (vocab,) float32, to be added to logits: 0, or minus infinity for the tokens that may not,
+        those that end a text among them. (To add takes a tenth of the time of `masked_fill_`.)
     can_end: whether the text is one that was asked for, so that it may end there.
     """
 
-    forbidden: Tensor
+    bias: Tensor
     can_end: bool
 
 

@@ -77,12 +77,12 @@ def sample_tokens(
 def restrict(logits: Tensor, seq: Sequence, mask: TokenMask, eos_token_ids: Iterable[int]) -> None:
     """Leaves in logits (vocab,) float32 only tokens that the mask allows, and those that end the
     text where it may end. In place."""
-    forbidden = mask.forbidden
+    bias = mask.bias
     if mask.can_end:
         ends = [*seq.params.stop_token_ids, *(() if seq.params.ignore_eos else eos_token_ids)]
-        forbidden = forbidden.clone()
-        forbidden[ends] = False
-    logits.masked_fill_(forbidden.to(logits.device), -math.inf)
+        bias = bias.clone()
+        bias[ends] = 0
+    logits += bias.to(logits.device)
 
 
 def _why_none(

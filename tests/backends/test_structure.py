@@ -44,7 +44,7 @@ def started(compiler: StructureCompiler = COMPILERS[0], **asked: Any) -> Structu
 
 
 def allowed(matcher: StructureMatcher, token_ids: list[int]) -> list[int]:
-    return (~matcher.mask(token_ids).forbidden).nonzero()[:, 0].tolist()
+    return (matcher.mask(token_ids).bias == 0).nonzero()[:, 0].tolist()
 
 
 def write(matcher: StructureMatcher, seed: int, most_tokens: int = 400) -> list[int]:

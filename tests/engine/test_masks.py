@@ -33,9 +33,9 @@ class OneOf:
         self.threads.add(threading.current_thread().name.partition("_")[0])
         rest = self._rest(token_ids)
         assert rest, "the text left the constraint"
-        forbidden = torch.ones(self.vocab_size, dtype=torch.bool)
-        forbidden[[text[0] for text in rest if text]] = False
-        return TokenMask(forbidden, [] in rest)
+        bias = torch.full((self.vocab_size,), -torch.inf)
+        bias[[text[0] for text in rest if text]] = 0
+        return TokenMask(bias, [] in rest)
 
     def is_complete(self, token_ids: Sequence[int]) -> bool:
         return self._rest(token_ids) == [[]]
