@@ -61,7 +61,11 @@ def failure_message(error: Exception) -> str:
 
 def count_failure(error: Exception) -> None:
     """Counts an admitted request that ended with an error."""
-    reasons = {DeadlineExceeded: "timeout", EngineStoppedError: "stopping"}
+    reasons = {
+        DeadlineExceeded: "timeout",
+        EngineStoppedError: "stopping",
+        ConstraintFailed: "structure",
+    }
     FAILED_REQUESTS.labels(reasons.get(type(error), "inference")).inc()
 
 
