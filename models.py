@@ -7,7 +7,7 @@ text, so there the same fields are read from decimal digits.
 
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
 from pydantic import (
     AfterValidator,
@@ -46,6 +46,10 @@ MAX_MESSAGES = 2048
 MAX_TEXT_PARTS = 256
 MAX_LOGIT_BIASES = 1024
 MAX_STOP_TOKENS = 128
+MAX_CHOICES = 1024
+MAX_CHOICE_CHARACTERS = 500
+MAX_REGEX_CHARACTERS = 4096
+MAX_GRAMMAR_CHARACTERS = 16_384  # and of a schema, written without blanks
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 INTEGER = re.compile("-?[0-9]+")
@@ -106,6 +110,24 @@ class _LeftOut:
 T = TypeVar("T")
 # A field that may be left out; a null may stand for that. Generated clients do not send one.
 Left = Annotated[T | None, _LeftOut()]
+
+
+def _in_one_message(message: str) -> WrapValidator:
+    """One message for a union, instead of one for each of its members, unless a list is too
+    long."""
+
+    def validate(value: Any, validator: Callable[[Any], Any]) -> Any:
+        try:
+            return validator(value)
+        except ValidationError as error:
+            problems = error.errors(include_url=False, include_input=False)
+        # Here, and not in the `except`: the new error would hold the old one, and that all input.
+        for problem in problems:
+            if problem["type"] == "too_long":
+                raise PydanticKnownError("too_long", problem["ctx"])
+        raise ValueError(message)
+
+    return WrapValidator(validate)
 
 
 class _Strict(BaseModel):
@@ -197,6 +219,80 @@ class TextFields(SamplingFields, LengthFields):
     """What every native route that generates takes."""
 
 
+def _bounded(max_characters: int) -> Any:
+    return StringConstraints(min_length=1, max_length=max_characters)
+
+
+Choice = Annotated[str, _bounded(MAX_CHOICE_CHARACTERS), AfterValidator(_plain_text)]
+Regex = Annotated[str, _bounded(MAX_REGEX_CHARACTERS), AfterValidator(_plain_text)]
+Grammar = Annotated[str, _bounded(MAX_GRAMMAR_CHARACTERS), AfterValidator(_plain_text)]
+JsonSchema = Annotated[
+    dict[str, Any] | Grammar,
+    _in_one_message(
+        f"must be a JSON schema, an object or its text of up to {MAX_GRAMMAR_CHARACTERS} characters"
+    ),
+]
+
+
+class StructuredOutputs(_Strict):
+    """What a text is to be, in vLLM's spelling
+    (https://docs.vllm.ai/en/latest/features/structured_outputs/): one of the first five."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    choice: Left[Annotated[list[Choice], Field(min_length=1, max_length=MAX_CHOICES)]] = Field(
+        default=None, description="One of these texts.", examples=[["happy", "sad"]]
+    )
+    regex: Left[Regex] = Field(
+        default=None,
+        description="A text that this regular expression matches as a whole. The syntax is that of "
+        "Rust's `regex`: nothing looks ahead or behind.",
+        examples=["[0-9]{4}-[0-9]{2}-[0-9]{2}"],
+    )
+    json_schema: Left[JsonSchema] = Field(
+        default=None,
+        alias="json",
+        description="JSON that fits this schema, an object or its text. Objects have no properties "
+        "but those that it names, in its order.",
+        examples=[{"type": "object", "properties": {"age": {"type": "integer"}}}],
+    )
+    json_object: Left[Literal[True]] = Field(default=None, description="Any JSON object.")
+    grammar: Left[Grammar] = Field(
+        default=None,
+        description="A text of this grammar, in llama.cpp's GBNF or in Lark's form.",
+        examples=['root ::= "yes" | "no"'],
+    )
+    whitespace_pattern: Left[Regex] = Field(
+        default=None,
+        description="What may stand between the parts of JSON, a regular expression; by default "
+        "one blank or none behind each comma and colon.",
+    )
+    disable_any_whitespace: bool = Field(
+        default=False, description="JSON without blanks between its parts."
+    )
+    disable_additional_properties: bool = Field(
+        default=True, description="False: objects may have properties that the schema leaves open."
+    )
+
+    @model_validator(mode="after")
+    def _is_one(self) -> "StructuredOutputs":
+        kinds = (self.choice, self.regex, self.json_schema, self.json_object, self.grammar)
+        if sum(kind is not None for kind in kinds) != 1:
+            raise ValueError("needs one of choice, regex, json, json_object and grammar")
+        return self
+
+
+class Structured(_Strict):
+    structured_outputs: Left[StructuredOutputs] = Field(
+        default=None, description="What the text is to be: the model chooses among such texts."
+    )
+
+    @property
+    def structure(self) -> tuple[str, StructuredOutputs] | None:
+        """What the text is to be, and the field that says so; None where any text will do."""
+        return ("structured_outputs", self.structured_outputs) if self.structured_outputs else None
+
+
 class SequenceCount(_Strict):
     num_return_sequences: NumSequences = 1
 
@@ -212,7 +308,7 @@ class ModelChoice(_Strict):
 # --- Native routes ------------------------------------------------------------------------------
 
 
-class GenerateRequest(ModelChoice, TextFields):
+class GenerateRequest(ModelChoice, Structured, TextFields):
     """`POST /generate`"""
 
     model_config = ConfigDict(
@@ -243,7 +339,7 @@ class GenerateResponse(BaseModel):
     model_name: str = Field(description="What really answered.", examples=["gpt2"])
 
 
-class GenerateTextRequest(SequenceCount, TextFields):
+class GenerateTextRequest(SequenceCount, Structured, TextFields):
     """`POST /generate-text/`"""
 
     model_config = ConfigDict(
@@ -351,24 +447,6 @@ ListsOfTokenIds = Annotated[
 ]
 
 
-def _in_one_message(message: str) -> WrapValidator:
-    """One message for a union, instead of one for each of its members, unless a list is too
-    long."""
-
-    def validate(value: Any, validator: Callable[[Any], Any]) -> Any:
-        try:
-            return validator(value)
-        except ValidationError as error:
-            problems = error.errors(include_url=False, include_input=False)
-        # Here, and not in the `except`: the new error would hold the old one, and that all input.
-        for problem in problems:
-            if problem["type"] == "too_long":
-                raise PydanticKnownError("too_long", problem["ctx"])
-        raise ValueError(message)
-
-    return WrapValidator(validate)
-
-
 def _strictly(form: Any) -> TypeAdapter[Any]:
     return TypeAdapter(form, config=ConfigDict(strict=True))
 
@@ -415,7 +493,40 @@ class StreamOptions(_Strict):
     include_obfuscation: bool = Field(default=False, description="Accepted, ignored.")
 
 
-class OpenAIRequest(ModelChoice, SamplingFields):
+class JsonSchemaFormat(_Strict):
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    name: Left[Text] = Field(default=None, description="Accepted, ignored.")
+    description: Left[Text] = Field(default=None, description="Accepted, ignored.")
+    json_schema: dict[str, Any] = Field(
+        default_factory=dict, alias="schema", description="As `json` of `structured_outputs`."
+    )
+    strict: Left[bool] = Field(default=None, description="Accepted: the schema always holds.")
+
+
+class ResponseFormat(_Strict):
+    """OpenAI's spelling of two kinds of `structured_outputs`."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: Left[JsonSchemaFormat] = Field(
+        default=None, description="Of `json_schema` alone, which needs it."
+    )
+
+    @model_validator(mode="after")
+    def _has_a_schema(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema is what type json_schema needs, and no other")
+        return self
+
+    @property
+    def structure(self) -> StructuredOutputs | None:
+        """The same in vLLM's spelling; None where any text will do."""
+        if self.json_schema:
+            return StructuredOutputs(json=self.json_schema.json_schema)
+        return StructuredOutputs(json_object=True) if self.type == "json_object" else None
+
+
+class OpenAIRequest(ModelChoice, Structured, SamplingFields):
     """What both `/v1` generation routes take."""
 
     top_p: TopP = 1.0
@@ -481,6 +592,22 @@ class OpenAIRequest(ModelChoice, SamplingFields):
     stream: bool = Field(default=False, description="Send chunks as server-sent events.")
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
     user: Left[str] = Field(default=None, description="Accepted, ignored.")
+    response_format: Left[ResponseFormat] = Field(
+        default=None, description="JSON, of any kind or by a schema, or any text."
+    )
+
+    @property
+    def structure(self) -> tuple[str, StructuredOutputs] | None:
+        if self.response_format and (structure := self.response_format.structure):
+            return "response_format", structure
+        return super().structure
+
+    @model_validator(mode="after")
+    def _is_asked_for_once(self) -> Self:
+        if self.structured_outputs and self.response_format and self.response_format.structure:
+            reason = "must be left out beside structured_outputs"
+            raise PydanticCustomError("two_values", reason, {"param": "response_format"})
+        return self
 
     @property
     def asks_of_prompt(self) -> bool:

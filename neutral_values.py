@@ -21,7 +21,7 @@ NEUTRAL_VALUES: dict[str, Any] = {
          "prompt_cache_retention", "reasoning_effort"],
         ANYTHING,
     ),
-    "suffix": [""], "response_format": [{"type": "text"}], "verbosity": ["medium"],
+    "suffix": [""], "verbosity": ["medium"],
     "tools": [[]], "tool_choice": ["none", "auto"], "parallel_tool_calls": [True, False],
     "functions": [[]], "function_call": ["none", "auto"],
     "modalities": [["text"]], "audio": [], "prediction": [], "web_search_options": [],
@@ -33,7 +33,7 @@ NEUTRAL_VALUES: dict[str, Any] = {
     "skip_special_tokens": [True], "spaces_between_special_tokens": [True],
     "return_tokens_as_token_ids": [False],
     "logits_processors": [[]], "prompt_embeds": [], "kv_transfer_params": [], "vllm_xargs": [{}],
-    "structured_outputs": [], "guided_json": [], "guided_regex": [], "guided_choice": [],
+    "guided_json": [], "guided_regex": [], "guided_choice": [],
     "guided_grammar": [""], "guided_whitespace_pattern": [], "echo": [False], "best_of": [1],
     "add_generation_prompt": [True], "continue_final_message": [False], "documents": [[]],
     "chat_template": [], "chat_template_kwargs": [{}], "mm_processor_kwargs": [{}],
@@ -99,6 +99,8 @@ NEUTRAL_SPEECH_VALUES: dict[str, Any] = {
 def unsupported(field: str, values: list[Any]) -> PydanticCustomError:
     taken = " or ".join(json.dumps(value) for value in values)
     reason = f"not supported but as {taken}" if values else "not supported"
+    if field.startswith("guided_"):  # as vLLM called them before its version 0.12
+        reason = f"not supported: it is {field.removeprefix('guided_')} of structured_outputs now"
     return PydanticCustomError("unsupported", reason, {"param": field})
 
 

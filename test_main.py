@@ -205,6 +205,27 @@ def test_generate_stops_before_a_stop_string() -> None:
 
 
 @pytest.mark.contract
+def test_generate_structured_output_follows_the_prompt() -> None:
+    asked = {"structured_outputs": {"choice": [" sad", " happy"]}}
+    answer = post({"prompt": "The king was", **asked})
+    assert answer.status_code == 200
+    assert answer.json()["generated_text"] in ("The king was sad", "The king was happy")
+
+
+@pytest.mark.parametrize(
+    ("asked", "place", "reason"),
+    [
+        ({"choice": ["a"], "regex": "a"}, [], "Value error, needs one of choice, regex, json, "),
+        ({"choice": [""]}, ["choice", 0], "String should have at least 1 character"),
+        ({"regex": "(a"}, [], "regex is not valid"),
+    ],
+)
+def test_generate_bad_structure_is_refused(asked: Any, place: list[Any], reason: str) -> None:
+    answer = post({"prompt": "Hello", "structured_outputs": asked})
+    assert refused_fields(answer) == [["body", "structured_outputs", *place]]
+    assert answer.json()["detail"][0]["msg"].startswith(reason)
+
+
 def test_generate_model_by_name() -> None:
     response = post({"prompt": "One day", "model": NAME, "max_new_tokens": 1})
     assert (response.status_code, response.json()["model_name"]) == (200, NAME)

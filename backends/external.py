@@ -275,6 +275,8 @@ class ExternalBackend(Backend):
             sent["seed"] = params.seed
         if params.stop:
             sent["stop"] = params.stop
+        if isinstance(params, models.Structured) and params.structured_outputs:
+            sent["structured_outputs"] = params.structured_outputs.model_dump(exclude_unset=True)
         if "top_k" in params.model_fields_set:  # no field of OpenAI's own
             sent["top_k"] = params.top_k
         reading = self._read_prompt(prompt)

@@ -5,6 +5,7 @@ import math
 from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as SequenceOf
 from contextlib import aclosing
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, Literal
 
@@ -33,7 +34,9 @@ from backends.conversations import as_template_reads, find_turn_ends, texts_of
 from backends.generation_config import AuthorsDefaults
 from backends.logprobs import ChoiceLogprobs, TokenSpelling
 from backends.reader import Pieces, Reader, read_at_once
+from backends.structure import StructureCompiler, read_structure
 from engine import (
+    Constraint,
     Delta,
     Engine,
     EngineRequest,
@@ -108,6 +111,11 @@ class LocalBackend(Backend):
             for token_id, token in added.items()
             if token.special and token_id < self.vocab_size
         }
+
+    @cached_property
+    def structures(self) -> StructureCompiler:
+        special_ids = {*self.special_tokens.values(), *self.engine.eos_token_ids}
+        return StructureCompiler(self.spelling, self.vocab_size, special_ids)
 
     @cached_property
     def longest_token_characters(self) -> int:
@@ -193,7 +201,8 @@ class LocalBackend(Backend):
             # Prompts are short here.
             read = read_at_once(self._text_prompt(prompt, is_chat))
             num_prompt_tokens = len(read.token_ids)
-            stop = (*params.stop, *self.defaults.stop)
+            asked = params.structure if isinstance(params, models.Structured) else None
+            stop = (*params.stop, *(() if asked else self.defaults.stop))
             sampling = SamplingParams(
                 max_new_tokens=new_token_budget(params, num_prompt_tokens, self.max_model_len),
                 temperature=params.temperature if params.top_p else 0,
@@ -204,6 +213,7 @@ class LocalBackend(Backend):
                 stop_token_ids=self._special_stops(stop),
                 rules=self.defaults.rules,
             )
+            sampling = await self._constrained(sampling, asked, client, self._deadline(place))
             await client.reserve(num_prompt_tokens, num_sequences * sampling.max_new_tokens)
             requests = self.engine.submit_all([read], sampling, place=place, streams=streams)
         return LocalGeneration(self, requests, self._deadline(place))
@@ -222,6 +232,7 @@ class LocalBackend(Backend):
         self._check_sizes(body.prompts, body.most_tokens)
         with self.engine.place(client.identity, num_sequences) as place:
             deadline = self._deadline(place)
+            sampling = await self._constrained(sampling, body.structure, client, deadline)
             reading = self._completion_prompts(body)
             texts, prompts = await self.reader.read(client, deadline, body.prompts, reading)
             num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
@@ -255,6 +266,7 @@ class LocalBackend(Backend):
             sampling = self._sampling_params(
                 body, most_tokens, num_logprobs, turn_ends=self.turn_ends
             )
+            sampling = await self._constrained(sampling, body.structure, client, deadline)
             num_new_tokens = self._num_new_tokens(prompt, most_tokens)
             await client.reserve(num_prompt_tokens, body.n * num_new_tokens)
             requests = self.engine.submit_all([prompt], sampling, place=place, streams=body.stream)
@@ -264,7 +276,7 @@ class LocalBackend(Backend):
             deadline,
             logprobs_form="chat" if body.logprobs else None,
             tells_prompt=body.asks_of_prompt,
-            strips_start=self.is_base_model,
+            strips_start=self.is_base_model and not body.structure,
         )
 
     async def tokenize(self, body: models.TokenizeRequest, *, client: Client) -> Tokens:
@@ -341,7 +353,7 @@ class LocalBackend(Backend):
             raise InvalidField("min_tokens", reason)
         stop_tokens = {token_id: token_id for token_id in body.stop_token_ids}
         stop = tuple(body.stop)
-        if not body.ignore_eos:
+        if not (body.ignore_eos or body.structure):  # which says itself where it ends
             stop += (*self.defaults.stop, *turn_ends)
         of_prompt = [n for n in (num_echo_logprobs, body.prompt_logprobs) if n is not None]
         sampling = self.defaults.sampling_of(body)
@@ -366,6 +378,25 @@ class LocalBackend(Backend):
             seed=body.seed,
             rules=self.defaults.rules,
         )
+
+    async def _constrained(
+        self,
+        sampling: SamplingParams,
+        asked: tuple[str, models.StructuredOutputs] | None,
+        client: Client,
+        deadline: Deadline,
+    ) -> SamplingParams:
+        """The parameters, with the constraint that a request asks for. What the model's author
+        says of tokens does not hold under one: it might leave none that may come."""
+        if asked is None:
+            return sampling
+        constraint = await self.reader.work(client, deadline, self._compile(*asked))
+        return replace(sampling, constraint=constraint, rules=None)
+
+    def _compile(self, field: str, asked: models.StructuredOutputs) -> Pieces[Constraint]:
+        structure = read_structure(field, asked)
+        yield
+        return self.structures.compile(structure)
 
     def _special_stops(self, stops: SequenceOf[str]) -> dict[int, str]:
         """The stop strings that are special tokens, which the text leaves out, by their ids."""

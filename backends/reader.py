@@ -50,6 +50,10 @@ class Reader:
         """
         if sum(PROMPT_CHARACTERS + len(prompt) for prompt in prompts) <= SHORT_CHARACTERS:
             return read_at_once(pieces)
+        return await self.work(client, deadline, pieces)
+
+    async def work(self, client: Client, deadline: Deadline, pieces: Pieces[T]) -> T:
+        """The same for pieces that may take long whatever they read. Raises as `read`."""
         pending = PendingRead(pieces)
         with self._lock:
             if not self._pending:

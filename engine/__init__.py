@@ -10,6 +10,7 @@ All engines of a process compute in one thread, a step of each in turn.
     Engine.submit_all(prompts, …)      --> Scheduler.waiting
                                            Engine.step: schedule    (scheduler.py)
                                                         draft       (drafts.py)
+                                                        masks       (masks.py, beside the next)
                                                         forward     (model_runner.py, attention.py)
                                                         sample      (sampler.py)
                                                         postprocess (output.py)
@@ -39,11 +40,14 @@ loaded model, bit by bit, and from that chooses how many rows it runs at once
 (`ModelRunner.measure_batch_invariance`).
 """
 
+from engine.constraint import Constraint, TextMatcher, TokenMask
 from engine.engine import Engine
 from engine.kernels import choose_kernel
 from engine.processor import instruction_set, native_dtype
 from engine.request import (
+    CANNOT_BE_FOLLOWED,
     LOWEST_LOGPROB,
+    ConstraintFailed,
     Delta,
     EngineError,
     EngineRequest,
@@ -65,7 +69,10 @@ from engine.threads import available_cores
 from engine.token_rules import TokenRules
 
 __all__ = [
+    "CANNOT_BE_FOLLOWED",
     "LOWEST_LOGPROB",
+    "Constraint",
+    "ConstraintFailed",
     "Delta",
     "Engine",
     "EngineError",
@@ -81,7 +88,9 @@ __all__ = [
     "StepStats",
     "StopReason",
     "TextFilter",
+    "TextMatcher",
     "TextReading",
+    "TokenMask",
     "TokenRules",
     "available_cores",
     "choose_kernel",

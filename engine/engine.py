@@ -19,14 +19,17 @@ from engine.attention import refuse_other_attention
 from engine.delivery import Outbox, fail
 from engine.drafts import Drafter
 from engine.kernels import choose_kernel
+from engine.masks import begin_masks
 from engine.model_check import checked_runner
 from engine.model_runner import ModelRunner
 from engine.output import OutputProcessor
 from engine.quality import QualityTrial
 from engine.request import (
+    ConstraintFailed,
     Delta,
     EngineRequest,
     EngineStoppedError,
+    FinishReason,
     InferenceError,
     Place,
     Prompt,
@@ -396,9 +399,10 @@ class Engine:
         until_renewal = self.runner.num_tokens_until_renewal
         drafts = [] if admitted else self.drafter.draft(running, until_renewal)
         stats = _begin_stats(admitted, len(running) - len(admitted), drafts)
+        masks = begin_masks(running)
         logits = self.runner.forward(running, len(admitted), drafts)
         logits, *drafted = logits.split([len(running), *map(len, drafts)])
-        token_ids = sample_tokens(logits, running, self.eos_token_ids)
+        token_ids = sample_tokens(logits, running, self.eos_token_ids, masks.result())
         self.scheduler.count_step(time.monotonic() - started_seconds)
         self._advance(running, token_ids, drafts, drafted, stats)
         if self.on_step:
@@ -409,7 +413,7 @@ class Engine:
     def _advance(
         self,
         running: list[Sequence],
-        token_ids: list[int | InferenceError],
+        token_ids: list[int | FinishReason | InferenceError],
         drafts: list[list[int]],
         drafted: list[Tensor],
         stats: StepStats,
@@ -436,7 +440,8 @@ class Engine:
                 stats.num_accepted_tokens += len(rows)
                 seqs = [running[row] for row in rows]
                 logits = torch.cat([drafted[row][depth : depth + 1] for row in rows])
-                token_ids = sample_tokens(logits, seqs, self.eos_token_ids)
+                masks = begin_masks(seqs).result()
+                token_ids = sample_tokens(logits, seqs, self.eos_token_ids, masks)
                 self._postprocess(seqs, token_ids, stats, outbox)
             stats.num_rollbacks = self.output.num_rollbacks - num_rollbacks
             # Not before: a sequence that moves takes along keys and values of the tokens it has.
@@ -449,11 +454,11 @@ class Engine:
     def _postprocess(
         self,
         seqs: list[Sequence],
-        token_ids: list[int | InferenceError],
+        token_ids: list[int | FinishReason | InferenceError],
         stats: StepStats,
         outbox: Outbox,
     ) -> None:
-        """Adds each sequence's token, or ends it with an error of its own."""
+        """Adds each sequence's token, or ends it with a reason or an error of its own."""
         now_seconds = time.monotonic()
         for seq, token_id in zip(seqs, token_ids, strict=True):
             try:
@@ -474,15 +479,19 @@ class Engine:
                     stats.finished.append((delta.finish_reason, since_arrival_seconds))
                     seq.status = Status.FINISHED
 
-    def _append(self, seq: Sequence, token_id: int | InferenceError) -> Delta | None:
-        """What the client gains by this token. Raises InferenceError where there is none, or the
-        text cannot go on."""
+    def _append(self, seq: Sequence, token_id: int | FinishReason | InferenceError) -> Delta | None:
+        """What the client gains by this token, or by the end of the text. Raises InferenceError
+        where there is neither, or the text cannot go on."""
         if seq.request.failure:
             raise seq.request.failure
         if isinstance(token_id, InferenceError):
             raise token_id
         try:
+            if isinstance(token_id, str):
+                return self.output.finish(seq, token_id)
             return self.output.append(seq, token_id)
+        except InferenceError:
+            raise
         except Exception as error:
             raise InferenceError("the text of a sequence could not be written") from error
 
@@ -558,7 +567,10 @@ def _fail_sequence(seq: Sequence, failure: InferenceError) -> None:
     """Ends the request of one sequence, unless it has ended; the next turn frees its places."""
     if seq.request.is_aborted:
         return
-    logger.error("a sequence failed; its request ends: %s", failure, exc_info=failure)
+    if isinstance(failure, ConstraintFailed):  # it is the client's
+        logger.warning("a sequence ends: %s", failure)
+    else:
+        logger.error("a sequence failed; its request ends: %s", failure, exc_info=failure)
     fail([seq], failure)
 
 

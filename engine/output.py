@@ -83,12 +83,24 @@ class OutputProcessor:
             return None
         return self._release(seq, seq.num_tokens_within(min(safe, settled)), None)
 
+    def finish(self, seq: Sequence, finish_reason: FinishReason) -> Delta | None:
+        """What the client gains of a text behind which no token can come: its end, unless there
+        is a forbidden word in it that more text might have made another one."""
+        if seq.reading:
+            hit, _ = seq.reading.scan(None, final=True)
+            if hit:
+                num_before = seq.request.reading.length if seq.request.reading else 0
+                return self._roll_back(seq, hit[0] - num_before)
+        return self._release(seq, len(seq.output_token_ids), finish_reason)
+
     def _finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
         """Why the sequence ends with this token, if stop strings are left aside."""
         seq.stop_reason = seq.params.stop_token_ids.get(token_id)
         if seq.stop_reason is not None:
             return "stop"
         if token_id in self.eos_token_ids and not seq.params.ignore_eos:
+            return "stop"
+        if seq.matcher and seq.matcher.is_complete(seq.output_token_ids):
             return "stop"
         if len(seq.output_token_ids) >= seq.params.max_new_tokens:
             return "length"

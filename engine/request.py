@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 from tokenizers.decoders import DecodeStream
 
+from engine.constraint import Constraint, TextMatcher
 from engine.token_rules import TokenRules
 
 FinishReason = Literal["stop", "length", "content_filter"]
@@ -24,8 +25,12 @@ StopReason = int | str  # the id of a stop token, or a stop string
 # EngineError
 #  +- QueueFullError     the waiting queue is full: try again later. Recoverable.
 #  +- InferenceError     the step, or a sequence of the request failed; the engine goes on.
-#  |                     Recoverable.
+#  |   |                 Recoverable.
+#  |   +- ConstraintFailed  what a text may be cannot be followed on. Unrecoverable.
 #  +- EngineStoppedError the engine was shut down. Unrecoverable.
+
+
+CANNOT_BE_FOLLOWED = "is too complex, or goes on where the model has no token for it"
 
 
 class EngineError(Exception):
@@ -39,6 +44,15 @@ class QueueFullError(EngineError):
 class InferenceError(EngineError):
     """The model failed in a step that held this request, or one of its sequences could not go on;
     `__cause__` says how. Recoverable."""
+
+
+class ConstraintFailed(InferenceError):
+    """A constraint came to the limits that keep it from holding others up, or to where no token of
+    the model goes on; `field` of the request asked for it."""
+
+    def __init__(self, field: str):
+        super().__init__(f"{field}: {CANNOT_BE_FOLLOWED}")
+        self.field = field
 
 
 class EngineStoppedError(EngineError):
@@ -71,6 +85,7 @@ class SamplingParams:
     ranks_prompt: bool = False  # whether these have a rank: a third more work
     seed: int | None = None  # any integer, of which 64 bits count; None draws one
     rules: TokenRules | None = None  # of the model, for all its texts
+    constraint: Constraint | None = None  # what the text may be; comes before min_tokens
 
     @property
     def edits_logits(self) -> bool:
@@ -268,6 +283,7 @@ class Sequence:
         self.guess: list[int] = []  # what `engine.drafts` said would follow …
         self.num_tokens_before_guess = 0  # … the tokens that there were then
         self.hit_rate = 0.5  # of its guesses; there have been none yet
+        self.matcher: TextMatcher | None = None  # of the constraint, once it has been asked
 
     @property
     def num_tokens(self) -> int:

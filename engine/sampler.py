@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.request import LOWEST_LOGPROB, InferenceError, PositionLogprobs, Sequence
+from engine.constraint import TokenMask
+from engine.masks import Masks
+from engine.request import (
+    LOWEST_LOGPROB,
+    FinishReason,
+    InferenceError,
+    PositionLogprobs,
+    Sequence,
+)
 
 # How many candidates a row needs; these two stand for none and for all.
 GREEDY, ALL = 0, -1
@@ -22,29 +30,37 @@ NO_LOGPROBS = "no log probabilities: logits are NaN or infinite"
 
 
 def sample_tokens(
-    logits: Tensor, seqs: SequenceOf[Sequence], eos_token_ids: Iterable[int]
-) -> list[int | InferenceError]:
+    logits: Tensor,
+    seqs: SequenceOf[Sequence],
+    eos_token_ids: Iterable[int],
+    masks: Masks | None = None,
+) -> list[int | FinishReason | InferenceError]:
     """The next token id of each sequence, from logits (B, vocab) float32, which it changes; or
-    what ends that sequence alone: its edits failed, or left nothing that can be drawn.
+    what ends that sequence alone: a finish reason where its mask leaves nothing that may be drawn,
+    an error where its edits failed or left nothing that can be.
 
+    masks: of each sequence; None where no sequence has a constraint.
     Sequences that want log probabilities get those of their token too.
     """
+    masks = masks or [None] * len(seqs)
     wanting = [row for row, seq in enumerate(seqs) if seq.params.num_logprobs is not None]
     raw = logits[wanting] if wanting else logits[:0]  # a copy, since the edits change logits
     failures: dict[int, InferenceError] = {}
-    for row, seq in enumerate(seqs):
-        if not (seq.params.edits_logits or seq.banned):
+    for row, (seq, mask) in enumerate(zip(seqs, masks, strict=True)):
+        if isinstance(mask, InferenceError):
+            failures[row] = mask
             continue
         try:
-            edit_logits(logits[row : row + 1], [seq], eos_token_ids)
+            if seq.params.edits_logits or seq.banned:
+                edit_logits(logits[row : row + 1], [seq], eos_token_ids)
+            if mask:
+                restrict(logits[row], seq, mask, eos_token_ids)
         except Exception as error:
             failures[row] = InferenceError("the logits of a sequence could not be edited")
             failures[row].__cause__ = error
-    token_ids: list[int | InferenceError] = [
-        InferenceError("no token can be drawn: logits are NaN, infinite, or all banned")
-        if token_id is None
-        else token_id
-        for token_id in sample(logits, seqs)
+    token_ids: list[int | FinishReason | InferenceError] = [
+        _why_none(logits[row], seqs[row], masks[row]) if token_id is None else token_id
+        for row, token_id in enumerate(sample(logits, seqs))
     ]
     for row, failure in failures.items():
         token_ids[row] = failure
@@ -57,7 +73,7 @@ def _add_logprobs(
     raw: Tensor,
     rows: list[int],
     seqs: SequenceOf[Sequence],
-    token_ids: list[int | InferenceError],
+    token_ids: list[int | FinishReason | InferenceError],
 ) -> None:
     """Gives the sequences of these rows log probabilities of their token, from logits (len(rows),
     vocab); an error in place of the token where there are none."""
@@ -67,7 +83,7 @@ def _add_logprobs(
         same = [
             (at, row, token_id)
             for at, row, token_id in drawn
-            if seqs[row].params.num_logprobs == num_top and not isinstance(token_id, InferenceError)
+            if seqs[row].params.num_logprobs == num_top and isinstance(token_id, int)
         ]
         logits = raw[[at for at, _, _ in same]]
         collected = collect_logprobs(logits, [token_id for _, _, token_id in same], num_top or 0)
@@ -76,6 +92,29 @@ def _add_logprobs(
                 token_ids[row] = InferenceError(NO_LOGPROBS)
             else:
                 seqs[row].logprobs.append(replace(logprobs, text_offset=len(seqs[row].text)))
+
+
+def restrict(logits: Tensor, seq: Sequence, mask: TokenMask, eos_token_ids: Iterable[int]) -> None:
+    """Leaves in logits (vocab,) float32 only tokens that the mask allows, and those that end the
+    text where it may end. In place."""
+    bias = mask.bias
+    if mask.can_end:
+        ends = [*seq.params.stop_token_ids, *(() if seq.params.ignore_eos else eos_token_ids)]
+        bias = bias.clone()
+        bias[ends] = 0
+    logits += bias.to(logits.device)
+
+
+def _why_none(
+    logits: Tensor, seq: Sequence, mask: TokenMask | InferenceError | None
+) -> FinishReason | InferenceError:
+    """Why no token can be drawn from logits (vocab,)."""
+    if isinstance(mask, TokenMask) and logits.amax() == -math.inf:
+        if mask.can_end:
+            return "stop"  # no token that may come can be drawn, and none has to
+        if seq.banned.get(len(seq.output_token_ids)):
+            return "content_filter"  # all that may come begins a forbidden word
+    return InferenceError("no token can be drawn: logits are NaN, infinite, or all banned")
 
 
 def edit_logits(logits: Tensor, seqs: SequenceOf[Sequence], eos_token_ids: Iterable[int]) -> None:

@@ -1,4 +1,4 @@
-"""The cores that the process may use, and the one thread in which engines compute."""
+"""The cores that the process may use, and the threads in which engines work."""
 
 import math
 import os
@@ -34,3 +34,9 @@ def computing_thread(num_threads: int) -> ThreadPoolExecutor:
     engines share one thread, and threads that load models compute alone.
     """
     return ThreadPoolExecutor(1, "engine", torch.set_num_threads, (num_threads,))
+
+
+@cache
+def mask_thread() -> ThreadPoolExecutor:
+    """The thread in which masks of tokens are found while the computing thread computes."""
+    return ThreadPoolExecutor(1, "masks")

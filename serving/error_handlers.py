@@ -22,7 +22,13 @@ from backends.base import (
     Refused,
     Unreachable,
 )
-from engine import EngineStoppedError, InferenceError, QueueFullError
+from engine import (
+    CANNOT_BE_FOLLOWED,
+    ConstraintFailed,
+    EngineStoppedError,
+    InferenceError,
+    QueueFullError,
+)
 from serving.bodies import TooManyParts
 from serving.errors import (
     BUSY,
@@ -53,12 +59,18 @@ def failure_message(error: Exception) -> str:
         return f"The request took longer than {error.seconds:g} seconds"
     if isinstance(error, JobFailed):
         return error.reason
+    if isinstance(error, ConstraintFailed):
+        return str(error)
     return STOPPING if isinstance(error, EngineStoppedError) else "Model inference failed"
 
 
 def count_failure(error: Exception) -> None:
     """Counts an admitted request that ended with an error."""
-    reasons = {DeadlineExceeded: "timeout", EngineStoppedError: "stopping"}
+    reasons = {
+        DeadlineExceeded: "timeout",
+        EngineStoppedError: "stopping",
+        ConstraintFailed: "structure",
+    }
     FAILED_REQUESTS.labels(reasons.get(type(error), "inference")).inc()
 
 
@@ -189,6 +201,11 @@ async def report_failed_inference(http: Request, error: InferenceError) -> JSONR
     return error_response(http.scope, 500, failure_message(error))
 
 
+async def refuse_constraint(http: Request, error: ConstraintFailed) -> JSONResponse:
+    count_failure(error)
+    return refuse_fields(http, [value_error("body", error.field, msg=CANNOT_BE_FOLLOWED)])
+
+
 async def report_timeout(http: Request, error: DeadlineExceeded) -> JSONResponse:
     count_failure(error)
     return error_response(http.scope, 504, failure_message(error))
@@ -248,6 +265,7 @@ HANDLERS: dict[type[Exception], Any] = {
     Busy: refuse_for_now,
     JobRefused: refuse_job,
     InferenceError: report_failed_inference,
+    ConstraintFailed: refuse_constraint,
     DeadlineExceeded: report_timeout,
     ClientGone: close_for_nobody,
     HTTPException: report_refusal,

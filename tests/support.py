@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,15 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from engine import Delta, Engine, EngineRequest, Prompt, SamplingParams, TextReading
+from engine import (
+    Delta,
+    Engine,
+    EngineRequest,
+    Prompt,
+    SamplingParams,
+    TextReading,
+    TokenMask,
+)
 from engine.request import Sequence
 from tests.forked import ROOT, Forked, can_fork
 
@@ -390,3 +399,30 @@ def byte_tokens(text: str) -> list[int]:
     characters = {byte: chr(byte) for byte in printable}
     characters |= {byte: chr(256 + i) for i, byte in enumerate(others)}
     return [alphabet[characters[byte]] for byte in text.encode()]
+
+
+class OneOf:
+    """The engine's Constraint and TextMatcher: one of these texts, as token ids."""
+
+    def __init__(self, *texts: list[int], vocab_size: int = 8192):
+        self.texts = texts
+        self.vocab_size = vocab_size
+        self.threads: set[str] = set()  # that have asked for masks
+
+    def start(self) -> "OneOf":
+        return self
+
+    def _rest(self, token_ids: SequenceOf[int]) -> list[list[int]]:
+        length = len(token_ids)
+        return [text[length:] for text in self.texts if text[:length] == list(token_ids)]
+
+    def mask(self, token_ids: SequenceOf[int]) -> TokenMask:
+        self.threads.add(threading.current_thread().name.partition("_")[0])
+        rest = self._rest(token_ids)
+        assert rest, "the text left the constraint"
+        bias = torch.full((self.vocab_size,), -torch.inf)
+        bias[[text[0] for text in rest if text]] = 0
+        return TokenMask(bias, [] in rest)
+
+    def is_complete(self, token_ids: SequenceOf[int]) -> bool:
+        return self._rest(token_ids) == [[]]

@@ -83,6 +83,15 @@ def test_schemas_know_no_torch() -> None:
         assert "torch" not in {each.partition(".")[0] for each in imports(ROOT / name)}
 
 
+def test_structures_are_compiled_by_what_is_loaded_for_them() -> None:
+    """Who asks for none starts without llguidance."""
+    importers = [file for file in SOURCES if "llguidance" in imports(file)]
+    assert [file.name for file in importers] == ["structure.py"]
+    for statement in ast.parse(importers[0].read_text()).body:
+        if isinstance(statement, ast.Import | ast.ImportFrom):
+            assert "llguidance" not in ast.unparse(statement)
+
+
 def test_ray_takes_from_the_service_only_the_app_and_the_wording_of_errors() -> None:
     assert imports(ROOT / "ray_serve.py") & MODULES == {"main", "serving.errors"}
 

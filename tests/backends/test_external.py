@@ -160,7 +160,13 @@ def read_events(client: httpx.Client, body: Any, path: str = "/v1/completions") 
 
 
 @pytest.mark.parametrize(
-    "length", [{}, {"max_length": 30, "max_new_tokens": None}, {"stop": [","], "temperature": 0.5}]
+    "length",
+    [
+        {},
+        {"max_length": 30, "max_new_tokens": None},
+        {"stop": [","], "temperature": 0.5},
+        {"structured_outputs": {"json": {"const": {"a": None}}}},
+    ],
 )
 def test_generate_gives_upstreams_text(
     client: httpx.Client, upstream: Upstream, length: dict[str, Any]
@@ -203,6 +209,8 @@ def test_generate_text_gives_the_text(client: httpx.Client, upstream: Upstream) 
         {"max_tokens": 20, "temperature": 0, "frequency_penalty": 1, "logit_bias": {"11": -100}},
         {"max_tokens": -1, "stop": ["e"], "include_stop_str_in_output": True},
         {"stop_token_ids": [11], "logit_bias": {"11": 100}, "seed": 2**64 - 1},
+        {"structured_outputs": {"json": {"enum": [{"a": None}]}, "disable_any_whitespace": True}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"const": None}}}},
     ],
 )
 def test_completion_is_upstreams(client: httpx.Client, upstream: Upstream, body: Any) -> None:

@@ -18,6 +18,7 @@ from serving.content_filter import ContentFilter
 from tests.support import (
     LONG_PROMPT,
     PROMPT,
+    OneOf,
     among,
     deltas,
     ids,
@@ -156,6 +157,7 @@ KINDS: list[dict[str, Any]] = [
     {"temperature": 0.3, "n": 3},
     {"temperature": 0, "max_new_tokens": 2},
     {"temperature": 0.8, "max_new_tokens": 40},
+    {"temperature": 0.5, "constraint": OneOf(ids(" one two one two one"), ids(" one two three"))},
 ]
 PROMPTS = (PROMPT, "ha one ha one ha one ha one", LONG_PROMPT[:110], "The")
 

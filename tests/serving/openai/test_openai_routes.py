@@ -8,19 +8,21 @@ import asyncio
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import httpx
 import openai
 import pytest
 import torch
 from openai import AsyncOpenAI, OpenAI
+from pydantic import BaseModel, Field
 from transformers import AutoTokenizer
 
 import main
@@ -847,7 +849,21 @@ def test_chat_without_a_template_is_a_clear_400(client: OpenAI) -> None:
         ({"messages": [{"role": "user"}]}, "messages"),
         ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages"),
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "json_object", "json_schema": {}}}, "response_format"),
+        (
+            {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
+            "response_format",
+        ),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"choice": ["a"], "regex": "a"}}, "structured_outputs"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs"),
+        ({"structured_outputs": {"choice": ["a"] * 1025}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a" * 4097}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "(a"}}, "structured_outputs"),
+        ({"structured_outputs": {"json": 1}}, "structured_outputs"),
+        ({"guided_choice": ["a"]}, "guided_choice"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ],
@@ -862,6 +878,85 @@ def test_chat_forbidden_message(client: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         chat(client, "Hello", "I hate it")
     assert caught.value.code == "content_filter"
+
+
+# --- Structured output --------------------------------------------------------------------------
+
+
+class Home(BaseModel):
+    town: Annotated[str, Field(max_length=4)]
+    is_big: bool
+
+
+class Person(BaseModel):
+    age: Annotated[int, Field(ge=0, le=150)]
+    traits: Annotated[list[Literal["old", "wise"]], Field(min_length=1, max_length=3)]
+    home: Home
+
+
+ASKED = [
+    ({"choice": ["sad", "happy", "neither happy nor sad"]}, "sad|happy|neither happy nor sad"),
+    ({"regex": "[A-Z][a-z]{1,9}, [0-9]{4}"}, "[A-Z][a-z]{1,9}, [0-9]{4}"),
+    ({"grammar": 'root ::= ("yes" | "no") "!"'}, "(yes|no)!"),
+]
+
+
+@pytest.mark.parametrize(("asked", "pattern"), ASKED)
+def test_structured_texts_are_as_asked_for(client: OpenAI, asked: Any, pattern: str) -> None:
+    """Streamed or not, alone or with others."""
+    params = {"n": 8, "max_tokens": 60, "extra_body": {"structured_outputs": asked}}
+    texts = [choice.text for choice in complete(client, **params).choices]
+    assert all(re.fullmatch(pattern, text) for text in texts)
+    streamed = dict.fromkeys(range(8), "")
+    for chunk in complete(client, stream=True, **params):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.text
+    assert list(streamed.values()) == texts
+    (alone,) = complete(client, **params | {"n": 1}).choices
+    assert (alone.text, alone.finish_reason) == (texts[0], "stop")
+
+
+def test_structured_chat_is_parsed_by_openais_client(client: OpenAI) -> None:
+    messages: Any = [{"role": "user", "content": "Who?"}]
+    for seed in range(4):
+        answer = client.chat.completions.parse(
+            model="org/chat", messages=messages, seed=seed, response_format=Person
+        )
+        (choice,) = answer.choices
+        assert isinstance(choice.message.parsed, Person)
+        assert choice.finish_reason == "stop"
+
+
+def test_structured_json_that_is_cut_says_length(client: OpenAI) -> None:
+    (choice,) = chat(client, response_format={"type": "json_object"}, max_tokens=3).choices
+    assert choice.finish_reason == "length"
+    assert choice.message.content.startswith("{")
+    with pytest.raises(openai.LengthFinishReasonError):
+        client.chat.completions.parse(
+            model="org/chat",
+            messages=[{"role": "user", "content": "Who?"}],
+            response_format=Person,
+            max_tokens=3,
+        )
+
+
+def test_structured_text_with_a_forbidden_word_is_filtered(client: OpenAI) -> None:
+    asked = {"structured_outputs": {"choice": [" we hate it"]}}
+    (choice,) = complete(client, extra_body=asked).choices
+    assert (choice.text, choice.finish_reason) == (" we", "content_filter")
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_structure_that_becomes_too_complex_is_the_clients_error(
+    client: OpenAI, streams: bool
+) -> None:
+    grammar = 'start: x\nx: x x | "a" | "b" | x x x | ""'
+    asked = {"structured_outputs": {"grammar": grammar}, "ignore_eos": True}
+    with pytest.raises(openai.APIError, match="too complex") as caught:
+        list(complete(client, stream=streams, max_tokens=200, extra_body=asked))
+    if not streams:
+        assert isinstance(caught.value, openai.BadRequestError)
+        assert caught.value.param == "structured_outputs"
 
 
 # --- /v1/models ---------------------------------------------------------------------------------
