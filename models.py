@@ -88,6 +88,11 @@ ManyStopStrings = Annotated[
 ]
 
 
+CacheSalt = Annotated[
+    str, StringConstraints(min_length=1, max_length=256), AfterValidator(_plain_text)
+]
+
+
 class _LeftOut:
     """Keeps null out of the document, where it would make two types of a field."""
 
@@ -348,7 +353,7 @@ NEUTRAL_VALUES: dict[str, Any] = {
     "functions": [[]], "function_call": ["none", "auto"],
     "modalities": [["text"]], "audio": [], "prediction": [], "web_search_options": [],
     # vLLM
-    **dict.fromkeys(["request_id", "cache_salt", "include_reasoning", "guided_decoding_backend"],
+    **dict.fromkeys(["request_id", "include_reasoning", "guided_decoding_backend"],
                     ANYTHING),
     "use_beam_search": [False], "length_penalty": ANYTHING, "early_stopping": [False],
     "priority": [0], "bad_words": [[]], "allowed_token_ids": [], "truncate_prompt_tokens": [],
@@ -564,6 +569,11 @@ class _OpenAIRequest(ModelChoice, SamplingFields):
     stream: bool = Field(default=False, description="Send chunks as server-sent events.")
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
     user: Left[str] = Field(default=None, description="Accepted, ignored.")
+    cache_salt: Left[CacheSalt] = Field(
+        default=None,
+        description="Only prompts with the same one share keys and values, so that nobody else can "
+        "tell by the time it takes how this one begins. Choose one that cannot be guessed.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -702,10 +712,20 @@ class ChatCompletionRequest(_OpenAIRequest):
         return not self.model_fields_set.isdisjoint({"max_completion_tokens", "max_tokens"})
 
 
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int = Field(
+        description="That were not computed, as a prompt before began in the same way.",
+        examples=[0],
+    )
+
+
 class Usage(BaseModel):
     prompt_tokens: int = Field(examples=[4])
     completion_tokens: int = Field(examples=[40])
     total_tokens: int = Field(examples=[44])
+    prompt_tokens_details: PromptTokensDetails | None = Field(
+        description="Null where another server does not tell it."
+    )
 
 
 class CompletionLogprobs(BaseModel):

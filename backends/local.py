@@ -187,7 +187,10 @@ class LocalBackend(Backend):
                 rules=self.defaults.rules,
             )
             await client.reserve(num_prompt_tokens, num_sequences * sampling.max_new_tokens)
-            requests = self.engine.submit_all([read], sampling, place=place, streams=streams)
+            salt = (client.key_name, "")
+            requests = self.engine.submit_all(
+                [read], sampling, place=place, streams=streams, cache_salt=salt
+            )
         return LocalGeneration(self, requests, self._deadline(place))
 
     async def submit_completion(
@@ -209,7 +212,10 @@ class LocalBackend(Backend):
             num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
             rooms = (self._num_new_tokens(prompt, body.most_tokens) for prompt in prompts)
             await client.reserve(num_prompt_tokens, body.num_drawn * sum(rooms))
-            requests = self.engine.submit_all(prompts, sampling, place=place, streams=body.stream)
+            salt = (client.key_name, body.cache_salt or "")
+            requests = self.engine.submit_all(
+                prompts, sampling, place=place, streams=body.stream, cache_salt=salt
+            )
         form: LogprobsForm = None if body.logprobs is None else "completion"
         return LocalGeneration(self, requests, deadline, form, echo=texts if body.echo else None)
 
@@ -230,7 +236,10 @@ class LocalBackend(Backend):
             sampling = self._sampling_params(body, most_tokens, num_logprobs)
             num_new_tokens = self._num_new_tokens(prompt, most_tokens)
             await client.reserve(num_prompt_tokens, body.n * num_new_tokens)
-            requests = self.engine.submit_all([prompt], sampling, place=place, streams=body.stream)
+            salt = (client.key_name, body.cache_salt or "")
+            requests = self.engine.submit_all(
+                [prompt], sampling, place=place, streams=body.stream, cache_salt=salt
+            )
         return LocalGeneration(self, requests, deadline, "chat" if body.logprobs else None)
 
     def _deadline(self, place: Place) -> Deadline:
@@ -430,6 +439,10 @@ class LocalGeneration(Generation):
     @property
     def num_prompt_tokens(self) -> int:
         return sum(request.num_prompt_tokens for request in self.requests)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        return sum(request.num_cached_tokens for request in self.requests)
 
     @property
     def num_generated_tokens(self) -> int:

@@ -8,7 +8,7 @@ All engines of a process compute in one thread, a step of each in turn.
     event loop                             the computing thread
     Engine.place(client, …)            --> Scheduler.num_queued (bounded; full = refused at once)
     Engine.submit_all(prompts, …)      --> Scheduler.waiting
-                                           Engine.step: schedule    (scheduler.py)
+                                           Engine.step: schedule    (scheduler.py, prefix_cache.py)
                                                         forward     (model_runner.py, attention.py)
                                                         sample      (sampler.py)
                                                         postprocess (output.py)
@@ -29,7 +29,8 @@ Life of a sequence: WAITING -> RUNNING -> FINISHED with a finish reason (`stop`,
 `content_filter`), or with an error, or with none when its client has gone.
 
 One prompt or generated token is one row of the forward pass, whichever sequence it
-belongs to: rows of short prompts ride along with the running sequences' next tokens.
+belongs to: rows of short prompts ride along with the running sequences' next tokens. A prompt
+that begins as a recent one did takes that one's keys and values, and has rows for the rest alone.
 Seeds mean the same text in any company because a row's numbers do not depend on the
 rows beside it. In int8 that is so by construction; else the engine checks it on the
 loaded model, bit by bit, and from that chooses how many rows it runs at once

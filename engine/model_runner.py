@@ -14,10 +14,11 @@ from engine.attention import supply_attention
 from engine.batch import ForwardBatch
 from engine.cache import KVCache
 from engine.kernels import Kernel, RowwiseGelu
+from engine.prefix_cache import PrefixCache
 from engine.processor import instruction_set
 from engine.request import EngineRequest, Sequence
 from engine.sampler import collect_logprobs
-from engine.scheduler import SHORT_PROMPT_TOKENS
+from engine.scheduler import SHORT_PROMPT_TOKENS, is_long
 from engine.weights import prepare_weights
 
 logger = logging.getLogger("engine")
@@ -32,6 +33,8 @@ class StepPlan:
     batches: list[ForwardBatch] = field(default_factory=list)
     logit_row_of: list[int] = field(default_factory=list)  # for each running row
     copies: list[tuple[int, int, int]] = field(default_factory=list)  # cache row, to, num_tokens
+    # Each prompt, its cache row, and how many of its tokens are not computed.
+    prompts: list[tuple[EngineRequest, int, int]] = field(default_factory=list)
     # Requests whose prompt's tokens get log probabilities, and where it begins in which pass.
     scored: list[tuple[EngineRequest, ForwardBatch, int]] = field(default_factory=list)
 
@@ -66,7 +69,8 @@ class ModelRunner:
             and all(isinstance(block.mlp.act, RowwiseGelu) for block in model.transformer.h)
         )
         self.max_num_seqs = max_num_seqs
-        self.cache = KVCache(model, max_num_seqs, max_model_len)
+        self.cache = KVCache(model, max_num_seqs, max_model_len, attends_in_blocks=self.is_exact)
+        self.prefixes: PrefixCache | None = None
         supply_attention(model, self.cache)
         # The fewest and most rows of a pass, until they are measured.
         self.min_rows, self.max_rows = 1, max_num_seqs + SHORT_PROMPT_TOKENS
@@ -76,6 +80,12 @@ class ModelRunner:
         """How the model is computed: for the log."""
         pages = "2 MiB pages" if self.uses_huge_pages else "ordinary pages"
         return f"{self.model.dtype}, {self.kernel.name}, {instruction_set()}, {pages}"
+
+    def num_cached_tokens(self, request: EngineRequest) -> int:
+        """How many of a prompt's tokens need not be computed."""
+        if not self.prefixes or _is_scored(request):
+            return 0
+        return self.prefixes.num_cached_tokens(request.prompt_token_ids, request.cache_salt)
 
     def forward(self, running: list[Sequence], num_admitted: int) -> Tensor:
         """Logits (num_running, vocab) float32 of the next token of every running sequence.
@@ -90,11 +100,17 @@ class ModelRunner:
         plan = StepPlan()
         self._plan_decode(plan, running[:num_decode])
         self._plan_prompts(plan, running[num_decode:])
+        for request, row, start in plan.prompts:
+            if start and self.prefixes:
+                self.prefixes.load(request.prompt_token_ids, request.cache_salt, start, row)
         parts = []
         for batch in plan.batches:
             scored = [(request, first) for request, of, first in plan.scored if of is batch]
             parts.append(self._run_and_score(batch, scored) if scored else self.run(batch))
         logits = torch.cat(parts) if len(parts) > 1 else parts[0]
+        for request, row, _ in plan.prompts:
+            if self.prefixes:
+                self.prefixes.store(request.prompt_token_ids, request.cache_salt, row)
         for source, target, num_tokens in plan.copies:
             self.cache.copy_row(source, target, num_tokens)
         return logits[plan.logit_row_of] if plan.copies else logits
@@ -118,21 +134,24 @@ class ModelRunner:
         plan.logit_row_of += range(len(seqs))
 
     def _plan_prompts(self, plan: StepPlan, seqs: list[Sequence]) -> None:
-        """Each request's prompt once; its other sequences get copies of keys and values."""
+        """What is not known of each request's prompt, once; its other sequences get copies of keys
+        and values."""
         for request, group in itertools.groupby(seqs, key=lambda seq: seq.request):
             prompt, row = request.prompt_token_ids, len(plan.logit_row_of)
-            num_sequences = len(list(group))
-            is_long = len(prompt) > SHORT_PROMPT_TOKENS
+            group_seqs = list(group)
+            num_sequences, start = len(group_seqs), group_seqs[0].num_cached_tokens
+            num_rows = len(prompt) - start
             if (
-                is_long
+                is_long(num_rows)
                 or not plan.batches
-                or len(plan.batches[-1].token_ids) + len(prompt) > self.max_rows
+                or len(plan.batches[-1].token_ids) + num_rows > self.max_rows
             ):
                 plan.batches.append(ForwardBatch())
             batch = plan.batches[-1]
-            if request.params.num_prompt_logprobs is not None and request.prompt_logprobs is None:
+            if _is_scored(request):
                 plan.scored.append((request, batch, len(batch.token_ids)))
-            batch.add_prompt(prompt, row)
+            batch.add_prompt(prompt[start:], row, start)
+            plan.prompts.append((request, row, start))
             batch.logit_rows.append(len(batch.token_ids) - 1)
             plan.logit_row_of += [plan.num_logit_rows - 1] * num_sequences
             others = range(row + 1, row + num_sequences)
@@ -257,3 +276,8 @@ class ModelRunner:
             if last >= min(16, most):
                 return fewest, last
         return 16, 16
+
+
+def _is_scored(request: EngineRequest) -> bool:
+    """Whether the tokens of its prompt are to get log probabilities, and have none yet."""
+    return request.params.num_prompt_logprobs is not None and request.prompt_logprobs is None

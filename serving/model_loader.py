@@ -152,6 +152,7 @@ class ModelLoader:
             max_model_len=settings.max_model_len,
             quantization=choose_quantization(settings),
             dtype=choose_dtype(settings),
+            prefix_cache_bytes=settings.prefix_cache_bytes if settings.prefix_caching else 0,
             num_threads=self.num_threads,
             text_filter=self.text_filter,
             on_step=metrics.observe,

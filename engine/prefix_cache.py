@@ -1,0 +1,111 @@
+"""Keys and values of how recent prompts began, for those that begin in the same way."""
+
+import itertools
+import math
+from collections import OrderedDict
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+from engine.cache import PREFIX_BLOCK_TOKENS, KVCache, reserved_zeros
+from engine.request import CacheSalt
+
+# A block's name: the number of the block before it, or the salt of the first one, and its own token
+# ids. Names are compared, not their hashes alone, so no two beginnings are taken for one.
+Name = tuple[int | CacheSalt, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """PREFIX_BLOCK_TOKENS tokens of a prompt, after all those that come before them."""
+
+    number: int  # no other block has it, now or later
+    place: int  # in the memory
+
+
+class PrefixCache:
+    """The beginnings of prompts, in blocks of whole layers, of which the least recently used leave
+    first when there is no room: of one prompt those behind before those they follow on.
+
+    cache: whose rows blocks come from and go to. max_bytes: of memory, which is taken as it is
+    needed and then kept.
+    Raises ValueError where not one block has room.
+    """
+
+    def __init__(self, cache: KVCache, max_bytes: int):
+        self.cache = cache
+        _, heads, head_dim = cache.shape
+        size = (len(cache.layers), 2, heads, PREFIX_BLOCK_TOKENS, head_dim)
+        dtype = cache.vectors[0].dtype
+        block_bytes = math.prod(size) * dtype.itemsize
+        self.num_blocks = max_bytes // block_bytes
+        if not self.num_blocks:
+            raise ValueError(f"{PREFIX_BLOCK_TOKENS} tokens take {block_bytes} bytes")
+        reserved = reserved_zeros(self.num_blocks * math.prod(size), dtype, cache.device)
+        self.vectors = reserved.view(self.num_blocks, *size)
+        self.free_places = list(reversed(range(self.num_blocks)))
+        self.numbers = itertools.count()
+        self.blocks: OrderedDict[Name, Block] = OrderedDict()  # the least recently used one first
+
+    def num_cached_tokens(self, token_ids: SequenceOf[int], cache_salt: CacheSalt) -> int:
+        """Of a prompt, how many tokens need not be computed: never all, as the last one's logits
+        are needed. cache_salt: a prompt finds what was stored with the same one."""
+        num_blocks = (len(token_ids) - 1) // PREFIX_BLOCK_TOKENS
+        return len(self._find(token_ids, cache_salt, num_blocks)) * PREFIX_BLOCK_TOKENS
+
+    def load(
+        self, token_ids: SequenceOf[int], cache_salt: CacheSalt, num_tokens: int, row: int
+    ) -> None:
+        """Gives a cache row the prompt's first tokens: as many as `num_cached_tokens` says."""
+        num_blocks = num_tokens // PREFIX_BLOCK_TOKENS
+        found = self._find(token_ids, cache_salt, num_blocks)
+        assert len(found) == num_blocks
+        for at, block in enumerate(found.values()):
+            tokens = slice(at * PREFIX_BLOCK_TOKENS, (at + 1) * PREFIX_BLOCK_TOKENS)
+            for layer, stored in zip(self.cache.layers, self.vectors[block.place], strict=True):
+                layer[:, row, :, tokens] = stored
+
+    def store(self, token_ids: SequenceOf[int], cache_salt: CacheSalt, row: int) -> None:
+        """Keeps the whole blocks of a prompt, whose keys and values a cache row has."""
+        num_blocks = min(len(token_ids) // PREFIX_BLOCK_TOKENS, self.num_blocks)
+        found = self._find(token_ids, cache_salt, num_blocks)
+        self._touch(found)
+        for at in range(len(found), num_blocks):
+            before = next(reversed(found.values())).number if found else cache_salt
+            name = (before, _token_ids_of_block(token_ids, at))
+            place = self._take_place()
+            tokens = slice(at * PREFIX_BLOCK_TOKENS, (at + 1) * PREFIX_BLOCK_TOKENS)
+            for layer, stored in zip(self.cache.layers, self.vectors[place], strict=True):
+                stored[:] = layer[:, row, :, tokens]
+            found[name] = self.blocks[name] = Block(next(self.numbers), place)
+        self._touch(found)
+
+    def _find(
+        self, token_ids: SequenceOf[int], cache_salt: CacheSalt, num_blocks: int
+    ) -> dict[Name, Block]:
+        """The known ones of a prompt's first blocks, in order."""
+        found: dict[Name, Block] = {}
+        before: int | CacheSalt = cache_salt
+        for at in range(num_blocks):
+            name = (before, _token_ids_of_block(token_ids, at))
+            block = self.blocks.get(name)
+            if block is None:
+                break
+            found[name] = block
+            before = block.number
+        return found
+
+    def _touch(self, found: dict[Name, Block]) -> None:
+        """Makes them the most recently used ones, each after those that follow on it: so none
+        leaves before these, without which nobody would find them."""
+        for name in reversed(found):
+            self.blocks.move_to_end(name)
+
+    def _take_place(self) -> int:
+        if self.free_places:
+            return self.free_places.pop()
+        _, block = self.blocks.popitem(last=False)
+        return block.place
+
+
+def _token_ids_of_block(token_ids: SequenceOf[int], at: int) -> tuple[int, ...]:
+    return tuple(token_ids[at * PREFIX_BLOCK_TOKENS : (at + 1) * PREFIX_BLOCK_TOKENS])
