@@ -21,7 +21,7 @@ RUN useradd --create-home --uid 1000 app \
     && chown app "$HF_HOME"
 COPY --from=build /opt/venv /opt/venv
 WORKDIR /app
-COPY main.py models.py ./
+COPY main.py models.py neutral_values.py ./
 COPY engine/ engine/
 COPY backends/ backends/
 COPY serving/ serving/

@@ -5,9 +5,8 @@ numbers, unknown fields are refused; a null counts as left out. Query strings ho
 text, so there the same fields are read from decimal digits.
 """
 
-import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import (
@@ -25,6 +24,13 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError, PydanticKnownError
+
+from neutral_values import (
+    NEUTRAL_MESSAGE_VALUES,
+    NEUTRAL_VALUES,
+    drop_neutral,
+    under_known_names,
+)
 
 MAX_PROMPT_CHARACTERS = 500
 # Of 64 bits, with a sign or without; the document says int64, since generators know no more.
@@ -337,105 +343,6 @@ class ValidationErrors(BaseModel):
 
 # --- OpenAI routes ------------------------------------------------------------------------------
 
-# What OpenAI, vLLM, llama.cpp, text-generation-webui and their clients (LangChain, LiteLLM,
-# Open WebUI, SillyTavern, mikupad) send, and the values at which it changes nothing here, or
-# ANYTHING. All else is refused. The first refused field of this table is named.
-ANYTHING = object()
-NEUTRAL_VALUES: dict[str, Any] = {
-    # OpenAI
-    **dict.fromkeys(
-        ["user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-         "prompt_cache_retention", "reasoning_effort"],
-        ANYTHING,
-    ),
-    "suffix": [""], "response_format": [{"type": "text"}], "verbosity": ["medium"],
-    "tools": [[]], "tool_choice": ["none", "auto"], "parallel_tool_calls": [True, False],
-    "functions": [[]], "function_call": ["none", "auto"],
-    "modalities": [["text"]], "audio": [], "prediction": [], "web_search_options": [],
-    # vLLM
-    **dict.fromkeys(["request_id", "include_reasoning", "guided_decoding_backend"],
-                    ANYTHING),
-    "use_beam_search": [False], "length_penalty": ANYTHING, "early_stopping": [False],
-    "priority": [0], "bad_words": [[]], "allowed_token_ids": [], "truncate_prompt_tokens": [],
-    "skip_special_tokens": [True], "spaces_between_special_tokens": [True],
-    "prompt_logprobs": [], "return_token_ids": [False], "return_tokens_as_token_ids": [False],
-    "logits_processors": [[]], "prompt_embeds": [], "kv_transfer_params": [], "vllm_xargs": [{}],
-    "structured_outputs": [], "guided_json": [], "guided_regex": [], "guided_choice": [],
-    "guided_grammar": [""], "guided_whitespace_pattern": [], "echo": [False], "best_of": [1],
-    "add_generation_prompt": [True], "continue_final_message": [False], "documents": [[]],
-    "chat_template": [], "chat_template_kwargs": [{}], "mm_processor_kwargs": [{}],
-    # llama.cpp
-    **dict.fromkeys(["cache_prompt", "id_slot", "n_keep", "xtc_threshold", "dynatemp_exponent",
-                     "dry_base", "penalize_nl", "dry_allowed_length", "dry_penalty_last_n",
-                     "dry_sequence_breakers", "mirostat_tau", "mirostat_eta"], ANYTHING),
-    "typical_p": [1], "tfs_z": [1], "top_n_sigma": [0, -1], "xtc_probability": [0],
-    "dry_multiplier": [0], "dynatemp_range": [0], "mirostat": [0], "min_keep": [0],
-    "grammar": [""], "json_schema": [{}], "lora": [[]], "samplers": [[]], "n_indent": [0],
-    "timings_per_token": [False], "return_progress": [False], "return_tokens": [False],
-    "post_sampling_probs": [False],
-    # text-generation-webui, and what SillyTavern and mikupad send to all servers of its kind
-    **dict.fromkeys(["api_type", "api_server", "legacy_api", "truncation_length", "num_ctx",
-                     "max_context_length", "smoothing_curve",
-                     "adaptive_decay", "speculative_ngram", "negative_prompt"], ANYTHING),
-    "typical": [1], "tfs": [1], "top_a": [0], "skew": [0], "epsilon_cutoff": [0],
-    "eta_cutoff": [0], "nsigma": [0], "mirostat_mode": [0], "smoothing_factor": [0],
-    "dynamic_temperature": [False], "guidance_scale": [1], "penalty_alpha": [0],
-    "encoder_repetition_penalty": [1], "no_repeat_ngram_size": [0], "num_beams": [1],
-    "min_length": [0], "max_tokens_second": [0], "add_bos_token": [True],
-    "banned_tokens": ["", []], "banned_strings": [[]], "custom_token_bans": ["", []],
-    "grammar_string": [""], "sampler_order": [[]], "sampler_priority": [[]],
-    "temperature_last": [False], "do_sample": [True], "rep_pen_slope": [1],
-    "repetition_decay": [0],
-    # Open WebUI and other chat clients
-    **dict.fromkeys(["chat_id", "session_id", "message_id", "parent_id", "conversation_id", "id",
-                     "features", "variables", "background_tasks", "model_item"], ANYTHING),
-    "files": [[]], "tool_ids": [[]], "tool_servers": [[]], "params": [{}], "filter_ids": [[]],
-}  # fmt: skip
-# What changes nothing, whatever it says, while another field has this value.
-NEUTRAL_WHILE = {
-    "do_sample": ("temperature", 0), "temperature_last": ("temperature", 1),
-    "rep_pen_slope": ("repetition_penalty", 1), "repetition_decay": ("repetition_penalty", 1),
-}  # fmt: skip
-# Other names of fields. Some clients send one thing under several, to be understood everywhere.
-OTHER_NAMES = {
-    "max_new_tokens": "max_tokens", "n_predict": "max_tokens", "num_predict": "max_tokens",
-    "rep_pen": "repetition_penalty", "repeat_penalty": "repetition_penalty",
-    "rep_pen_range": "repetition_penalty_range", "repeat_last_n": "repetition_penalty_range",
-    "sampler_seed": "seed", "stopping_strings": "stop", "stop_sequence": "stop",
-    "ban_eos_token": "ignore_eos",
-}  # fmt: skip
-# The same as NEUTRAL_VALUES of a message in a conversation.
-NEUTRAL_MESSAGE_VALUES: dict[str, Any] = {
-    **dict.fromkeys(["id", "metadata", "timestamp", "reasoning", "reasoning_content"], ANYTHING),
-    "annotations": [[]], "tool_calls": [[]], "files": [[]], "images": [[]],
-    "refusal": [""], "function_call": [], "audio": [], "tool_call_id": [], "prefix": [False],
-}  # fmt: skip
-
-
-def _unsupported(field: str, values: list[Any]) -> PydanticCustomError:
-    taken = " or ".join(json.dumps(value) for value in values)
-    reason = f"not supported but as {taken}" if values else "not supported"
-    return PydanticCustomError("unsupported", reason, {"param": field})
-
-
-def _drop_neutral(
-    fields: dict[str, Any], known: Mapping[str, Any], neutral: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Those that are known, or that nobody knows; without what changes nothing. Raises for the
-    first of `neutral` that would change something."""
-    for name in neutral:
-        if fields.get(name) is None or name in known or neutral[name] is ANYTHING:
-            continue
-        other, value = NEUTRAL_WHILE.get(name, (None, None))
-        if fields[name] not in neutral[name] and not (other and fields.get(other, 1) == value):
-            raise _unsupported(name, neutral[name])
-    return {
-        name: value
-        for name, value in fields.items()
-        if name not in neutral or (name in known and neutral[name] is not ANYTHING)
-    }
-
-
 Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
 TokenId = Annotated[int, Field(ge=0)]
 TokenIds = Annotated[
@@ -581,14 +488,8 @@ class _OpenAIRequest(ModelChoice, SamplingFields):
         if not isinstance(body, dict) or len(body) > MAX_FIELDS:
             return body
         fields = {name: value for name, value in body.items() if value is not None}
-        for name in OTHER_NAMES:
-            if name not in fields:
-                continue
-            value = fields.pop(name)
-            if fields.setdefault(OTHER_NAMES[name], value) != value:
-                reason = f"must be the same as {OTHER_NAMES[name]}, of which it is another name"
-                raise PydanticCustomError("two_values", reason, {"param": name})
-        return _drop_neutral(fields, cls.model_fields, NEUTRAL_VALUES)
+        fields = under_known_names(fields)
+        return drop_neutral(fields, cls.model_fields, NEUTRAL_VALUES)
 
 
 class CompletionRequest(_OpenAIRequest):
@@ -663,7 +564,7 @@ class ChatMessage(_Strict):
             return message
         if message.get("content") is None and message.get("role") != "assistant":
             raise ValueError("content must be a string or a list of text parts")
-        return _drop_neutral(message, cls.model_fields, NEUTRAL_MESSAGE_VALUES)
+        return drop_neutral(message, cls.model_fields, NEUTRAL_MESSAGE_VALUES)
 
     @property
     def text(self) -> str:

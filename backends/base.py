@@ -242,6 +242,11 @@ class Backend(ABC):
 
     @property
     @abstractmethod
+    def takes_chat(self) -> bool:
+        """Whether it takes conversations; True where only another server knows."""
+
+    @property
+    @abstractmethod
     def max_num_seqs(self) -> int | None:
         """Sequences that can run at once; None where it is not known."""
 

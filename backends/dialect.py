@@ -8,6 +8,7 @@ from backends.refusals import Refusal
 Route = Literal["completions", "chat/completions"]
 
 DEFAULT_MAX_TOKENS = 16  # of completions, in OpenAI's protocol; a conversation has no bound
+NO_BOUND = -1  # a `max_tokens` that asks for as many as fit: llama.cpp's, and ours
 # What other servers call a field: OpenAI the bound for its models that think, which Mistral does
 # not know; Mistral the seed.
 OTHER_NAMES = {
@@ -37,6 +38,7 @@ class Dialect:
     def __init__(self, has_completions: bool | None = None):
         self.has_completions = has_completions
         self.takes_several = True  # choices in one request
+        self.takes_no_bound = True  # as -1; else as null, which vLLM has for it
         self.renamed: dict[str, str] = {}
         self.left_out: dict[str, str | None] = {}  # None: always, else beside this field
 
@@ -51,6 +53,8 @@ class Dialect:
         if route == "completions" and (through_chat or self.has_completions is False):
             route, body = "chat/completions", as_chat(body)
         written = dict(body)
+        if written.get("max_tokens") == NO_BOUND and not self.takes_no_bound:
+            written["max_tokens"] = None
         if written.get("n") == 1:  # which some refuse, and which is what it is anyway
             del written["n"]
         if "n" in written and not self.takes_several:
@@ -96,7 +100,8 @@ def as_chat(body: dict[str, Any]) -> dict[str, Any]:
         raise InvalidField("echo", "cannot be had of this model, whose server has chat only")
     chat = {name: value for name, value in body.items() if name not in ("prompt", "echo")}
     chat["messages"] = [{"role": "user", "content": prompts[0]}]
-    chat.setdefault("max_tokens", DEFAULT_MAX_TOKENS)
+    if chat.setdefault("max_tokens", DEFAULT_MAX_TOKENS) in (NO_BOUND, None):
+        del chat["max_tokens"]
     num_logprobs = chat.pop("logprobs", None)
     if num_logprobs is not None:
         chat |= {"logprobs": True, "top_logprobs": num_logprobs}

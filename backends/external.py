@@ -15,13 +15,14 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import aclosing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
 import httpx
 
 import models
+from backends.ask import Ask
 from backends.base import (
     About,
     Backend,
@@ -73,34 +74,6 @@ OUR_FIELDS = {"model", "stream", "stream_options", "best_of"}
 MOST_TOKENS = {"max_tokens", "max_completion_tokens"}
 STOPS_STAY = ("echo", "min_tokens", "include_stop_str_in_output")  # fields that leave them in
 NUM_AT_ONCE = 8  # requests for one of our own, where the other server makes one text a request
-
-
-@dataclass(frozen=True)
-class Ask:
-    """One request to the other server. first: the first of the generation's choices that are its
-    own."""
-
-    route: Route
-    body: dict[str, Any]
-    first: int
-    num_choices: int
-
-    def split(self) -> list["Ask"]:
-        """A request for each prompt; of a single prompt, for each choice."""
-        prompts = self.body.get("prompt")
-        if isinstance(prompts, list) and len(prompts) > 1:
-            bodies = [self.body | {"prompt": prompt} for prompt in prompts]
-        else:
-            bodies = [self.body | {"n": 1} for _ in range(self.num_choices)]
-            if "seed" in self.body:  # the same would make the same text
-                bodies = [
-                    body | {"seed": (body["seed"] + at) % 2**63} for at, body in enumerate(bodies)
-                ]
-        size = self.num_choices // len(bodies)
-        return [
-            replace(self, body=body, first=self.first + size * at, num_choices=size)
-            for at, body in enumerate(bodies)
-        ]
 
 
 class ExternalGeneration(Generation):
@@ -194,6 +167,7 @@ class ExternalBackend(Backend):
     """
 
     num_waiting = 0  # in a queue, if at all, there
+    takes_chat = True
     is_loaded = False
     max_num_seqs = None
     vocab_size = None

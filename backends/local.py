@@ -115,6 +115,10 @@ class LocalBackend(Backend):
         return self.engine.vocab_size
 
     @property
+    def takes_chat(self) -> bool:
+        return bool(self.tokenizer.chat_template)
+
+    @property
     def max_num_seqs(self) -> int:
         return self.engine.scheduler.max_num_seqs
 
@@ -222,7 +226,7 @@ class LocalBackend(Backend):
     async def submit_chat(
         self, body: models.ChatCompletionRequest, *, client: Client
     ) -> Generation:
-        if not self.tokenizer.chat_template:
+        if not self.takes_chat:
             raise NoChatTemplate(self.name)
         texts = [message.text for message in body.messages]
         self._check_num_sequences("n", body.n)
@@ -317,7 +321,7 @@ class LocalBackend(Backend):
         """A prompt; is_chat: what a conversation begins with, if the model takes one."""
         options = {}
         written = text
-        if is_chat and self.tokenizer.chat_template:
+        if is_chat and self.takes_chat:
             text = self._apply_chat_template("prompt", [{"role": "user", "content": text}])
             options = {"add_special_tokens": False}
         return (yield from self._prompt("prompt", [written], self._encode(text, **options)))

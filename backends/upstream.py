@@ -19,7 +19,7 @@ from pydantic_core import from_json
 
 from backends.base import Busy, InvalidField, Refused, Unreachable
 from backends.chunks import read_beginning
-from backends.dialect import Dialect, Route
+from backends.dialect import NO_BOUND, Dialect, Route
 from backends.refusals import Refusal, read_refusal
 from engine import EngineError, InferenceError
 
@@ -161,7 +161,7 @@ class Upstream:
             response = await self._send(written_route, written, request_id)
             try:
                 if response.status_code == 200:
-                    self._find_out(route, written_route)
+                    self._find_out(route, written_route, written)
                     yield response
                     return
                 refusal = await self._read_refusal(response)
@@ -174,6 +174,9 @@ class Upstream:
             ):
                 logger.info("%s: upstream answered %d to completions", self.name, refusal.status)
                 through_chat = True
+                continue
+            if written.get("max_tokens") == NO_BOUND and refusal.status in (400, 422):
+                body = body | {"max_tokens": None}
                 continue
             for news in self.dialect.learn(written, refusal):
                 logger.warning("%s: upstream refuses %s from now on", self.name, news)
@@ -197,8 +200,12 @@ class Upstream:
         self._reach()
         return response
 
-    def _find_out(self, route: Route, answered_route: Route) -> None:
-        """Keeps in mind whether there are completions, once a request for them was answered."""
+    def _find_out(self, route: Route, answered_route: Route, answered: dict[str, Any]) -> None:
+        """Keeps in mind what a request showed by being answered: how it says that a text has no
+        bound, and whether there are completions."""
+        if answered.get("max_tokens", 0) is None and self.dialect.takes_no_bound:
+            self.dialect.takes_no_bound = False
+            logger.warning("%s: upstream refuses max_tokens -1: it is sent as null", self.name)
         if route != "completions" or self.dialect.has_completions is not None:
             return
         self.dialect.has_completions = answered_route == route

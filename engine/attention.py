@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import (
@@ -64,17 +65,9 @@ def _cached_attention(
         raise ValueError(f"{type(module).__name__} is not causal (is_causal=False)")
     if isinstance(attention_mask, Tensor):
         raise ValueError(f"{type(module).__name__} gives an attention_mask of its own")
-    if key.shape != value.shape:
-        raise ValueError(
-            f"{type(module).__name__} has keys of another size than values, which is not served"
-        )
-    num_heads, head_dim = key.shape[1], key.shape[3]
-    if (num_heads, head_dim) != kv_cache.shape[1:]:
-        raise ValueError(
-            f"{type(module).__name__} has {num_heads} heads of keys of {head_dim} numbers, where "
-            "the configuration has {} of {} for all layers".format(*kv_cache.shape[1:])
-        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    value_dim = value.shape[-1]
+    query, key, value = _fitted(module, query, key, value, kv_cache)
     query, keys_values = query[0].transpose(0, 1), torch.cat((key, value)).permute(2, 0, 1, 3)
     if query_scale:
         query = (query * query_scale(kv_cache.positions)[:, None, None]).to(query.dtype)
@@ -82,7 +75,40 @@ def _cached_attention(
     attended = kv_cache.attend(
         layer, query, keys_values, scale, visible=attention_mask, softcap=softcap, sinks=s_aux
     )
-    return attended[None], None
+    return attended[None, ..., :value_dim], None
+
+
+def _fitted(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, cache: KVCache
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, (1, heads, rows, dim) each, of the cache's size.
+
+    The cache has one size for all layers, and for keys and values; in some layers, and of latent
+    attention the values, are smaller. They get zeros behind their numbers, which change no product,
+    and each head of keys is there several times.
+    Raises ValueError for what is larger, and for keys of other tokens than the queries'.
+    """
+    _, num_kv_heads, head_dim = cache.shape
+    num_heads = num_kv_heads * cache.group_size
+    is_smaller = max(key.shape[-1], value.shape[-1]) <= head_dim and not (
+        num_kv_heads % key.shape[1]
+    )
+    if key.shape[2] != query.shape[2]:
+        raise ValueError(f"{type(module).__name__} has keys of other tokens than those of the pass")
+    if query.shape[1] != num_heads or not is_smaller:
+        raise ValueError(
+            f"{type(module).__name__} has {query.shape[1]} heads of queries and {key.shape[1]} of "
+            f"keys, of {key.shape[-1]} numbers, where the configuration has {num_heads} and "
+            f"{num_kv_heads} of {head_dim}"
+        )
+    if key.shape[1] < num_kv_heads:
+        num_times = num_kv_heads // key.shape[1]
+        key, value = (each.repeat_interleave(num_times, dim=1) for each in (key, value))
+    query, key, value = (
+        F.pad(each, (0, head_dim - each.shape[-1])) if each.shape[-1] < head_dim else each
+        for each in (query, key, value)
+    )
+    return query, key, value
 
 
 def _visibility(*, mask_function: Callable[..., Tensor], **_: Any) -> Visibility | None:

@@ -21,8 +21,6 @@ SUMMED_KEYS = 128
 PREFIX_BLOCK_TOKENS = 32
 # Of a prompt whose attention is computed step by step: its weights take heads * keys * so much.
 PIECE_TOKENS = 128
-# Of a configuration: what the cache's shape follows from.
-HEAD_SIZES = {"head_dim", "num_attention_heads", "num_key_value_heads"}
 
 # Which keys a query sees, True or False, from positions that broadcast together. Not a mask: a
 # pass needs it for each of its rows.
@@ -37,10 +35,10 @@ class KVCache:
     One row more than there can be sequences: the last takes the rows of padding. The
     capacity in tokens follows the longest running sequence, so that `attend` reads tensors
     without holes. The memory for max_model_len is reserved, and used as far as it is needed:
-    keys from its beginning on, values from its middle on.
+    keys from its beginning on, values from its middle on. All layers have the size of the largest.
     attends_in_blocks: whether a prompt is attended over in blocks of PREFIX_BLOCK_TOKENS, so that
     it may begin with what its row holds.
-    Raises ValueError for a model whose layers have heads of several sizes.
+    Raises ValueError for a model whose layers differ in their number of heads.
     """
 
     def __init__(
@@ -51,12 +49,7 @@ class KVCache:
         attends_in_blocks: bool = False,
     ):
         config = model.config.get_text_config()
-        if differing := HEAD_SIZES & (getattr(config, "per_layer_attributes", None) or set()):
-            names = ", ".join(sorted(differing))
-            raise ValueError(f"its layers differ in {names}, and the cache has one size for all")
-        heads = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        self.num_kv_heads = _num_kv_heads(config)
+        heads, self.num_kv_heads, head_dim = _head_sizes(config)
         self.group_size = heads // self.num_kv_heads
         self.shape = (num_rows + 1, self.num_kv_heads, head_dim)
         self.device = model.device
@@ -322,6 +315,24 @@ def _weights(
         return torch.softmax(weights, dim=-1)
     weights = torch.softmax(torch.cat((sinks.to(weights.dtype), weights), dim=-1), dim=-1)
     return weights[..., 1:].contiguous()
+
+
+def _head_sizes(config: PretrainedConfig) -> tuple[int, int, int]:
+    """(heads of queries, heads of keys, numbers in each): the most that a layer has."""
+    layers = config.per_layer_config if getattr(config, "per_layer_attributes", None) else [config]
+    heads = {each.num_attention_heads for each in layers}
+    if len(heads) > 1:
+        raise ValueError("its layers differ in num_attention_heads, and the cache has one size")
+    num_kv_heads = max(_num_kv_heads(each) for each in layers)
+    return heads.pop(), num_kv_heads, max(_head_dim(each) for each in layers)
+
+
+def _head_dim(config: PretrainedConfig) -> int:
+    """Of keys or values, whichever are larger. With latent attention, `head_dim` is the part of a
+    key that has a position."""
+    names = ("head_dim", "qk_head_dim", "v_head_dim")
+    named = [dim for name in names if (dim := getattr(config, name, None))]
+    return max(named) if named else config.hidden_size // config.num_attention_heads
 
 
 def _num_kv_heads(config: PretrainedConfig) -> int:

@@ -405,6 +405,7 @@ class Engine:
 
     def step(self) -> None:
         """Everyone running gains a token, or gives some back to the filter."""
+        started_seconds = time.monotonic()
         with self._lock:
             admitted = self.scheduler.schedule(
                 self._unload_before_id, self.runner.num_cached_tokens
@@ -415,6 +416,7 @@ class Engine:
         running = self.scheduler.running
         logits = self.runner.forward(running, len(admitted))
         token_ids = sample_tokens(logits, running, self.eos_token_ids)
+        self.scheduler.count_step(time.monotonic() - started_seconds)
         self._postprocess(token_ids, stats)
         if self.on_step:
             self.on_step(stats)
@@ -452,6 +454,8 @@ class Engine:
     def _append(self, seq: Sequence, token_id: int | InferenceError) -> Delta | None:
         """What the client gains by this token. Raises InferenceError where there is none, or the
         text cannot go on."""
+        if seq.request.failure:
+            raise seq.request.failure
         if isinstance(token_id, InferenceError):
             raise token_id
         try:

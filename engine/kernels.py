@@ -128,35 +128,20 @@ class FbgemmInt8Linear(Int8Linear):
 
 
 class Int8Embedding(nn.Module):
-    """An embedding of eight bits with a scale for each token: (…) int64 to (…, dim) float32."""
+    """An embedding of eight bits with a scale for each token: (…) int64 to (…, dim) float32.
+
+    weight: empty; some models ask it for its dtype or device.
+    """
 
     def __init__(self, weight: Tensor):
         super().__init__()
+        self.weight = torch.empty(0, weight.shape[1])
         self.packed = torch.ops.quantized.embedding_bag_byte_prepack(weight.float())
 
     def forward(self, token_ids: Tensor) -> Tensor:
         rows = torch.ops.quantized.embedding_bag_byte_unpack(self.packed[token_ids.reshape(-1)])
         unpacked: Tensor = rows.view(*token_ids.shape, -1)
         return unpacked
-
-
-class RowwiseGelu(nn.Module):
-    """GELU with tanh whose bits do not depend on where in a tensor a row lies.
-
-    torch computes 32 numbers at a time, and those that are left at the end of a tensor, or of a
-    thread's part of it, in another way, which may differ in the last bit.
-    """
-
-    UNDIVIDED = 16_384  # so many numbers at most, torch leaves to one thread
-
-    def forward(self, x: Tensor) -> Tensor:
-        width = x.shape[-1]
-        num_threads = 1 if x.numel() <= self.UNDIVIDED else torch.get_num_threads()
-        if width % 64 == 0 and x.numel() % (64 * num_threads) == 0:
-            return F.gelu(x, approximate="tanh")
-        num_rows = self.UNDIVIDED // width if width % 64 == 0 else 1
-        parts = x.reshape(-1, width).split(max(1, num_rows))
-        return torch.cat([F.gelu(part, approximate="tanh") for part in parts]).view(x.shape)
 
 
 Pack = Callable[[Tensor, Tensor | None, bool], nn.Module]  # weight (out, in), bias, fuses GELU

@@ -291,8 +291,6 @@ def suspicion(model: PreTrainedModel) -> str:
     kinds = set(getattr(config, "layer_types", None) or []) - ATTENTION_LAYERS
     if kinds:
         return f" (it has layers of the kind {', '.join(sorted(kinds))})"
-    if getattr(config, "kv_lora_rank", None):
-        return " (it has latent attention, whose keys and values differ in size)"
     if model._is_stateful:
         return " (it has recurrent layers)"
     return ""

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, PreTrainedModel
 
+from engine.activations import RowwiseActivation
 from engine.attention import supply_attention
 from engine.batch import ForwardBatch
 from engine.cache import KVCache
-from engine.kernels import Kernel, RowwiseGelu
+from engine.kernels import Kernel
 from engine.prefix_cache import PrefixCache
 from engine.processor import instruction_set
-from engine.request import EngineRequest, Sequence
+from engine.request import EngineRequest, InferenceError, Sequence
 from engine.sampler import collect_logprobs
 from engine.scheduler import SHORT_PROMPT_TOKENS, is_long
 from engine.weights import prepare_weights
@@ -66,7 +67,7 @@ class ModelRunner:
         self.is_exact = (
             kernel.is_exact
             and isinstance(model, GPT2LMHeadModel)
-            and all(isinstance(block.mlp.act, RowwiseGelu) for block in model.transformer.h)
+            and all(isinstance(block.mlp.act, RowwiseActivation) for block in model.transformer.h)
         )
         self.max_num_seqs = max_num_seqs
         self.cache = KVCache(model, max_num_seqs, max_model_len, attends_in_blocks=self.is_exact)
@@ -200,7 +201,11 @@ class ModelRunner:
                 next_token_ids = prompt[start + 1 : start + 1 + SCORED_TOKENS]
                 rows = list(range(first + start, first + start + len(next_token_ids)))
                 logits = head(hidden[self._padded(rows)])[: len(rows)]
-                request.prompt_logprobs += collect_logprobs(logits, next_token_ids, num_top)
+                try:
+                    request.prompt_logprobs += collect_logprobs(logits, next_token_ids, num_top)
+                except InferenceError as failure:
+                    request.failure = failure
+                    break
         logits = head(hidden[self._padded(batch.logit_rows)])
         return logits[: len(batch.logit_rows)].float()
 

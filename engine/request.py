@@ -230,6 +230,7 @@ class EngineRequest:
         self.finish_reasons: set[FinishReason] = set()  # those of its sequences that have finished
         # Those of each prompt token but the first. If asked for, they are here before any delta.
         self.prompt_logprobs: list[PositionLogprobs] | None = None
+        self.failure: InferenceError | None = None  # why its prompt cannot be scored
         self.loop = loop
         self.num_sequences = num_sequences
         self.first_index = first_index  # of its sequences among those submitted together

@@ -48,7 +48,12 @@ def sample_tokens(
         seq, token_id = seqs[row], token_ids[row]
         if isinstance(token_id, InferenceError):
             continue
-        (logprobs,) = collect_logprobs(row_logits[None], [token_id], seq.params.num_logprobs or 0)
+        num_top = seq.params.num_logprobs or 0
+        try:
+            (logprobs,) = collect_logprobs(row_logits[None], [token_id], num_top)
+        except InferenceError as failure:  # of a token that cannot be drawn, a logit may be NaN
+            token_ids[row] = failure
+            continue
         seq.logprobs.append(replace(logprobs, text_offset=len(seq.text)))
     return token_ids
 
@@ -238,10 +243,15 @@ def _draw_of_likeliest(
 def collect_logprobs(
     logits: Tensor, token_ids: SequenceOf[int], num_top: int
 ) -> list[PositionLogprobs]:
-    """Of token_ids[i] and the `num_top` likeliest tokens, at each row of logits (B, vocab)."""
+    """Of token_ids[i] and the `num_top` likeliest tokens, at each row of logits (B, vocab).
+
+    Raises InferenceError where the model gives none.
+    """
     collected = []
     for row, token_id in zip(logits, token_ids, strict=True):  # in turn: B may be large
         logprobs = torch.log_softmax(row.float(), dim=-1).clamp_(min=LOWEST_LOGPROB)
+        if logprobs[token_id].isnan():  # if one is, all are
+            raise InferenceError("no log probabilities: logits are NaN or infinite")
         values, ids = logprobs.topk(num_top)
         top = list(zip(ids.tolist(), values.tolist(), strict=True))
         collected.append(PositionLogprobs(token_id, logprobs[token_id].item(), top))

@@ -1,4 +1,4 @@
-"""Who runs in the next step: integers only, no tensors."""
+"""Who runs in the next step: numbers only, no tensors."""
 
 import math
 from collections import Counter, deque
@@ -10,7 +10,6 @@ from engine.request import EngineRequest, QueueFullError, Sequence, Status
 SHORT_PROMPT_TOKENS = 32  # prompts up to here share a step with the batch; longer ones run alone
 MOST_FOR_EACH_FREE = 7  # of something that is shared a client has at most so many for each free one
 COPIED_TOKENS = 64  # of a prompt, which was known, take no longer than one that is computed
-LONG_PROMPT_STEPS = 8  # of which a client has a long prompt in one, while others run
 BRIEF_TOKENS = 64  # who generates no more than so many frees its row soon
 
 
@@ -21,7 +20,7 @@ def is_within_share(num_own: int, num_free: int) -> bool:
 
 
 def is_long(num_computed_tokens: int) -> bool:
-    """Whether so many tokens of a prompt make their step long. What is known of it does not count."""
+    """Whether so many tokens of a prompt make a step long; those that are known do not count."""
     return num_computed_tokens > SHORT_PROMPT_TOKENS
 
 
@@ -48,8 +47,9 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.waiting: dict[str, deque[Sequence]] = {}  # by client, who was served last at the end
         self.num_queued: Counter[str | None] = Counter()  # of each client: reserved and waiting
-        self.num_steps = 0
-        self.long_prompt_steps: dict[str, int] = {}  # when a client's last one ran, if just now
+        self.step_seconds = 0.0  # that all steps have taken
+        self.long_prompt_client: str | None = None  # whose prompt made the last step long
+        self.owing_clients: dict[str, float] = {}  # until step_seconds have come to so much
 
     @property
     def is_finished(self) -> bool:
@@ -98,19 +98,19 @@ class Scheduler:
         told of them, and what is said of prompts below is said of the rest.
 
         One step takes prompts of SHORT_PROMPT_TOKENS together, or one longer prompt, so
-        that the running ones never wait for more than one prompt. While somebody else is running
-        a client has a longer one in every eighth step only: else one that sends hundreds would
-        make all steps of others long. Sequences that share a prompt count once, and run together
-        where rows are free.
+        that the running ones never wait for more than one prompt. While others are running a
+        client waits after a longer one, see `count_step`: else one that sends hundreds would make
+        all steps of others long. Sequences that share a prompt count once, and run together where
+        rows are free.
         """
         admitted: list[Sequence] = []
         num_cached: dict[int, int] = {}  # by the request's id
         budget_tokens = SHORT_PROMPT_TOKENS
-        self.num_steps += 1
-        self.long_prompt_steps = {
-            client: step
-            for client, step in self.long_prompt_steps.items()
-            if self.num_steps - step < LONG_PROMPT_STEPS
+        self.long_prompt_client = None
+        self.owing_clients = {
+            client: until_seconds
+            for client, until_seconds in self.owing_clients.items()
+            if until_seconds > self.step_seconds
         }
         num_rows = Counter(seq.request.client for seq in self.running)
         even_part = math.ceil(self.max_num_seqs / max(1, len(num_rows.keys() | self.waiting)))
@@ -124,7 +124,7 @@ class Scheduler:
             seq, num_own = self.waiting[client][0], num_rows[client]
             if num_own >= even_part or not self._may_run(seq, num_own, end_id):
                 return False
-            is_in_turn = client not in self.long_prompt_steps or num_rows.total() == num_own
+            is_in_turn = client not in self.owing_clients or num_rows.total() == num_own
             return is_in_turn or not is_long(num_computed_tokens(seq.request))
 
         while clients := [client for client in self.waiting if may_run(client)]:
@@ -146,8 +146,20 @@ class Scheduler:
             if queue:
                 self.waiting[client] = queue
             if is_long(num_computed_tokens(request)):
-                self.long_prompt_steps[client] = self.num_steps
+                self.long_prompt_client = client
         return admitted
+
+    def count_step(self, seconds: float) -> None:
+        """Takes note of how long the step took for which `schedule` chose.
+
+        Who had a long prompt in it owes as much time to each other client that was running: the
+        next one has to wait until steps have taken that long.
+        """
+        self.step_seconds += seconds
+        client = self.long_prompt_client
+        if client is not None:
+            num_others = len({seq.request.client for seq in self.running} - {client})
+            self.owing_clients[client] = self.step_seconds + seconds * num_others
 
     def _may_run(self, seq: Sequence, num_own: int, end_id: float) -> bool:
         num_free = self.max_num_seqs - len(self.running)

@@ -15,6 +15,7 @@ from transformers.activations import ACT2FN
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
+from engine.activations import make_activations_rowwise
 from engine.gpt2 import gpt2_forward
 from engine.kernels import (
     Int8Embedding,
@@ -22,7 +23,6 @@ from engine.kernels import (
     OnednnInt8Linear,
     OutputLinear,
     PackedLinear,
-    RowwiseGelu,
 )
 
 HUGE_PAGE_BYTES = 2 << 20
@@ -32,13 +32,15 @@ MADV_COLLAPSE = 25
 
 
 def prepare_weights(model: PreTrainedModel, kernel: Kernel) -> bool:
-    """Packs every linear layer of a CPU model in place and frees the unpacked weights.
+    """Packs every linear layer of a CPU model in place and frees the unpacked weights; what lies
+    between the layers gives a row the same bits in any company.
 
     True if they then lie in memory pages of 2 MiB.
     """
     if model.device.type != "cpu":
         return False
     pack_layers(model, kernel)
+    make_activations_rowwise(model)
     if kernel.pack is not None:
         # What stays is a part of the file, which is mapped into memory as long as a part is used.
         for parameter in model.parameters():
@@ -57,8 +59,8 @@ Replaced = list[tuple[nn.Module, str, nn.Module]]  # where, under which name, wh
 def pack_layers(model: PreTrainedModel, kernel: Kernel) -> Replaced:
     """Puts the kernel's layers in place of the model's own; those may be put back.
 
-    Linear layers, the GELU between them, and with int8 GPT-2's embedding of tokens, which else
-    would be most of what is left. Others' may be read in other ways than by a call.
+    Linear layers, GPT-2's GELU between them, and with int8 the embedding of tokens, which else
+    would be most of what is left; not one of a class of its own, which may do more than look up.
     """
     replaced: Replaced = []
     if kernel.pack is None:
@@ -79,19 +81,18 @@ def pack_layers(model: PreTrainedModel, kernel: Kernel) -> Replaced:
         setattr(module, name, new)
 
     embedding = model.get_input_embeddings()
-    quantizes_embedding = kernel.is_exact and isinstance(model, GPT2LMHeadModel)
     for module in list(model.modules()):
         if isinstance(module, GPT2MLP) and module.act.__class__ in (
             ACT2FN["gelu_new"].__class__,
             ACT2FN["gelu_pytorch_tanh"].__class__,
         ):  # these two are one function, which oneDNN fuses into the product before it
-            gelu = RowwiseGelu() if kernel.is_exact else nn.GELU(approximate="tanh")
+            gelu = nn.GELU(approximate="tanh")
             replace(module, "act", nn.Identity() if kernel.fuses_gelu else gelu)
             replace(module, "c_fc", pack(module.c_fc, gelu=kernel.fuses_gelu))
         for name, child in list(module.named_children()):
             if type(child) in (nn.Linear, Conv1D):
                 replace(module, name, pack(child))
-            elif child is embedding and quantizes_embedding and type(child) is nn.Embedding:
+            elif child is embedding and kernel.is_exact and type(child) is nn.Embedding:
                 replace(module, name, Int8Embedding(child.weight.detach()))
     return replaced
 

@@ -45,6 +45,7 @@ PLAIN_TEXT: Responses = {
 NOT_READY: Responses = {
     503: {"model": models.Readiness, "description": "A request would be refused"}
 }
+NO_CHAT = "No model that is served here has a chat template: every request is answered 400."
 OPENAI_REFUSALS: dict[int | str, str] = {
     400: "Invalid, forbidden (`content_filter`) or too long (`context_length_exceeded`)",
     404: "No such model (`model_not_found`)",
@@ -97,6 +98,7 @@ def document_app(
         if not app.openapi_schema:
             document = FastAPI.openapi(app)
             document_models(document, registry)
+            document_chat(document, registry)
             document_refusals(document, settings, needs_key)
         return app.openapi_schema or {}
 
@@ -118,6 +120,20 @@ def document_models(document: dict[str, Any], registry: ModelRegistry) -> None:
             each[name]["examples"] = [registry.default.name]
         if "top_k" in each and sizes:
             each["top_k"]["maximum"] = min(sizes)
+
+
+def document_chat(document: dict[str, Any], registry: ModelRegistry) -> None:
+    """Asks for a model that takes conversations in the example of a chat, or says that there is
+    none: GPT-2 has no chat template, and the example would be answered 400 without a reason."""
+    names = [each.name for each in registry.backends.values() if each.takes_chat]
+    if not names:
+        operation = document["paths"]["/v1/chat/completions"]["post"]
+        operation["description"] += f"\n\n**{NO_CHAT}**"
+        return
+    schema = document["components"]["schemas"]["ChatCompletionRequest"]
+    schema["properties"]["model"] = schema["properties"]["model"] | {"examples": names[:1]}
+    if names[0] != registry.default.name:
+        schema["examples"] = [each | {"model": names[0]} for each in schema["examples"]]
 
 
 def document_refusals(document: dict[str, Any], settings: Settings, needs_key: bool) -> None:

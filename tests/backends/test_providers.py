@@ -314,6 +314,32 @@ def test_server_that_may_not_stream_answers_whole() -> None:
         assert stream.endswith("data: [DONE]\n\n")
 
 
+def test_completion_without_a_bound_is_null_where_minus_one_is_refused() -> None:
+    """vLLM refused `max_tokens: -1`, and so did the service that passed it on."""
+
+    def rules(path: str, body: dict[str, Any]) -> Answer:
+        if (body.get("max_tokens") or 1) < 1:
+            return refused("max_tokens must be at least 1, got -1.", type="BadRequestError")
+        if body["prompt"] == "A":
+            return refused("this one is refused for another reason")
+        return 200, [{"choices": [{"index": 0, "text": " there", "finish_reason": "length"}]}]
+
+    with behind(rules) as (client, provider):
+        for prompt, status in (("A", 400), (PROMPT, 200), (PROMPT, 200)):
+            body = {"prompt": prompt, "max_tokens": -1}
+            assert client.post("/v1/completions", json=body).status_code == status
+        sent = [body["max_tokens"] for _, body in provider.asked]
+    assert sent == [-1, None, -1, None, None]
+
+
+def test_completion_without_a_bound_names_none_to_a_server_of_chats() -> None:
+    with behind(lambda path, body: answered(TEXTS[0]), suffix=";chat") as (client, provider):
+        body = {"prompt": PROMPT, "max_tokens": -1}
+        answer = client.post("/v1/completions", json=body).json()
+    assert answer["choices"][0]["text"] == TEXTS[0]
+    assert "max_tokens" not in provider.asked[0][1]
+
+
 def test_server_with_completions_keeps_them() -> None:
     """A later 404 is not taken for another kind of server."""
     is_there = True

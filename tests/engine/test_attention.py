@@ -68,6 +68,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon's groups": (
         "Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, **NAMED, **COMMON},
     ),
+    "values smaller than keys": (
+        "Youtu",
+        {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4,
+         "v_head_dim": 8, **LLAMA, "num_key_value_heads": 4},
+    ),
+    "heads of several sizes": (
+        "Gemma4Text",
+        {"global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
+         "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8,
+         "layer_types": LAYER_TYPES, "num_kv_shared_layers": 0, **GEMMA},
+    ),
 }  # fmt: skip
 
 
@@ -211,14 +222,14 @@ def test_keys_of_other_sizes_than_the_caches_are_refused_in_plain_words() -> Non
     model = tiny_llama()
     runner = make_runner(model)
     runner.cache.shape = (5, 1, 8)
-    with pytest.raises(ValueError, match=r"2 heads of keys of 8 numbers, where .* has 1 of 8"):
+    with pytest.raises(ValueError, match=r"2 of keys, of 8 numbers, where .* has 4 and 1 of 8"):
         runner.probe()
 
 
-def test_layers_of_several_head_sizes_are_refused_in_plain_words() -> None:
+def test_layers_of_several_numbers_of_heads_are_refused_in_plain_words() -> None:
     model = tiny_llama()
-    model.config.per_layer_config = {1: {"head_dim": 16}}
-    with pytest.raises(ValueError, match="its layers differ in head_dim"):
+    model.config.per_layer_config = {1: {"num_attention_heads": 16}}
+    with pytest.raises(ValueError, match="its layers differ in num_attention_heads"):
         make_runner(model)
 
 

@@ -25,6 +25,7 @@ from engine import (
     SamplingParams,
     instruction_set,
 )
+from engine.batch import ForwardBatch
 from engine.kernels import INT8_IS_FASTEST
 from engine.request import Sequence
 from serving.content_filter import ContentFilter
@@ -577,6 +578,32 @@ def test_logits_of_nan_end_their_own_sequence_alone(
         assert "NaN" in str(bad)
         assert other == alone
     run(until(lambda: is_idle(small_engine)))
+
+
+@pytest.mark.parametrize("max_new_tokens", [0, 3])
+def test_prompt_that_cannot_be_scored_ends_its_own_request_alone(
+    small_engine: Engine, monkeypatch: pytest.MonkeyPatch, max_new_tokens: int
+) -> None:
+    """The log probabilities of its tokens were NaN, for which JSON has no number."""
+    hidden_states = small_engine.runner._hidden_states
+
+    def broken(batch: ForwardBatch) -> Any:
+        hidden, head = hidden_states(batch)
+        of_prompt = torch.full_like(hidden, math.nan)
+        of_prompt[batch.logit_rows] = hidden[batch.logit_rows]
+        return of_prompt, head
+
+    good = {"seed": 1, "max_new_tokens": 3, "ignore_eos": True}
+    alone = one(small_engine, PROMPT, **good)
+    monkeypatch.setattr(small_engine.runner, "_hidden_states", broken)
+    bad, (other,) = run(
+        answer(small_engine, "A fox", num_prompt_logprobs=1, max_new_tokens=max_new_tokens),
+        answer(small_engine, PROMPT, **good),
+    )
+    assert isinstance(bad, InferenceError)
+    assert "NaN" in str(bad)
+    assert other == alone
+    assert small_engine.num_failed_steps == 0
 
 
 def test_end_of_text_beyond_the_vocabulary_is_left_out() -> None:

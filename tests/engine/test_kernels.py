@@ -18,7 +18,6 @@ from engine.kernels import (
     PLAIN,
     Int8Embedding,
     Kernel,
-    RowwiseGelu,
     int8_kernels,
     what_is_wrong_with,
 )
@@ -110,21 +109,6 @@ def test_int8_row_has_the_same_bits_in_any_company(
         torch.set_num_threads(num_threads)
         for num_rows in NUM_ROWS:
             assert torch.equal(layer(x[-num_rows:]), alone[-num_rows:]), (num_inputs, num_rows)
-
-
-@pytest.mark.parametrize("num_threads", [1, 2, 3, 5])
-@pytest.mark.parametrize("width", [1024, 1000, 33])
-def test_gelu_row_has_the_same_bits_in_any_company(
-    width: int, num_threads: int, restored_threads: None
-) -> None:
-    """torch's own computes the last numbers of a thread's part in another way."""
-    x, gelu = torch.randn(150, width), RowwiseGelu()
-    torch.set_num_threads(1)
-    alone = torch.cat([gelu(row[None]) for row in x])
-    assert torch.allclose(alone, F.gelu(x, approximate="tanh"), atol=1e-6)
-    torch.set_num_threads(num_threads)
-    for num_rows in NUM_ROWS:
-        assert torch.equal(gelu(x[:num_rows]), alone[:num_rows])
 
 
 def test_int8_row_of_zeros() -> None:

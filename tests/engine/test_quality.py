@@ -115,7 +115,9 @@ def test_auto_refuses_a_model_that_fails_by_itself() -> None:
         Engine(model, tokenizer, quantization="auto", num_threads=1)
 
 
-@pytest.mark.parametrize(("activation", "is_exact"), [("gelu_new", True), ("gelu", False)])
+@pytest.mark.parametrize(
+    ("activation", "is_exact"), [("gelu_new", True), ("gelu", True), ("relu", False)]
+)
 def test_rows_are_taken_for_exact_only_where_what_is_between_products_is_known(
     activation: str, is_exact: bool
 ) -> None:

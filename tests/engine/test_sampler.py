@@ -211,6 +211,18 @@ def test_sample_none_from_a_row_without_numbers(params: SamplingParams, bad: str
     assert sample(logits, seqs) == [expected[0], None, expected[2]]
 
 
+def test_sample_tokens_fails_a_row_whose_log_probabilities_are_nan() -> None:
+    """Of a token that was banned; the answer had NaN in it."""
+    params = SamplingParams(temperature=0, min_tokens=1, num_logprobs=1)
+    good, bad = sequences(params, count=2)
+    logits = random_logits(2, 50)
+    logits[1, 7] = torch.nan
+    token_id, failure = sample_tokens(logits, [good, bad], [7])
+    assert isinstance(token_id, int)
+    assert isinstance(failure, InferenceError)
+    assert (len(good.logprobs), len(bad.logprobs)) == (1, 0)
+
+
 FLAT = torch.linspace(0, 0.5, 5000)  # the nucleus of 0.9 has some 4,400 tokens
 PEAKED = random_logits(1, 5000, seed=5)[0]
 

@@ -206,17 +206,38 @@ def test_scheduler_row_goes_to_whoever_has_fewest() -> None:
     assert clients_of(scheduler.schedule()) == "bbbab"  # four rows each
 
 
-def test_scheduler_takes_few_long_prompts_of_one_client_while_others_run() -> None:
-    """250 prompts of one client came into as many steps, and made all of them long."""
+def test_scheduler_long_prompt_owes_its_time_to_others() -> None:
+    """250 prompts of one client came into as many steps, and made all of them long; later into
+    every eighth, which took as long as the other seven together, with three such clients more."""
     scheduler = Scheduler(max_num_seqs=64, max_queue_size=99)
-    add(scheduler, sequences(client="a"))
+    for client in "ad":
+        add(scheduler, sequences(client=client))
     for client in "bbbbc":
         add(scheduler, sequences(client=client, prompt=[1] * (SHORT_PROMPT_TOKENS + 1)))
-    admitted = [clients_of(scheduler.schedule()) for _ in range(11)]
-    assert admitted == ["a", "b", "c", *[""] * 6, "b", ""]
+
+    def step() -> str:
+        clients = clients_of(scheduler.schedule())
+        is_long = clients in ("b", "c")
+        scheduler.count_step(2.0 if is_long else 1.0)
+        return clients
+
+    # b owes 2 s to each of a and d, c to b also.
+    assert [step() for _ in range(11)] == [
+        "ad",
+        "b",
+        "c",
+        "",
+        "",
+        "b",
+        "",
+        "",
+        "",
+        "",
+        "",
+    ]
     for seq in [seq for seq in scheduler.running if seq.request.client != "b"]:
         scheduler.finish(seq)
-    assert [clients_of(scheduler.schedule()) for _ in range(2)] == ["b", "b"]
+    assert [step() for _ in range(2)] == ["b", "b"]
 
 
 def test_scheduler_gives_nobody_more_than_its_part_while_others_are_there() -> None:

@@ -1,12 +1,14 @@
 """What the OpenAPI document says of the routes is so."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fastapi import FastAPI
 
-from serving.documentation import document_refusals
+import main
+from serving.documentation import NO_CHAT, document_refusals
 from serving.openai.routes import openai_routes
 from serving.routes import service_routes, text_routes
 from serving.settings import Settings
@@ -93,10 +95,23 @@ def test_openapi_has_an_example_and_the_errors_of_every_generating_route() -> No
             if "requestBody" in operation:
                 content = operation["requestBody"]["content"]["application/json"]
                 schema = schemas[content["schema"]["$ref"].split("/")[-1]]
-                # The bundled model has no chat template.
-                status = 400 if path == "/v1/chat/completions" else 200
+                status = 400 if NO_CHAT in operation["description"] else 200
                 for example in schema["examples"]:
-                    assert client.post(path, json=example).status_code == status
+                    assert client.post(path, json=example).status_code == status, path
+
+
+def test_example_of_a_chat_asks_for_a_model_that_takes_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asked for the default model, whose answer is 400, and nothing said so."""
+    base = main.registry.default
+    chat = SimpleNamespace(name="chat", takes_chat=True, vocab_size=None)
+    for backends, model in (({NAME: base}, None), ({NAME: base, "chat": chat}, "chat")):
+        monkeypatch.setattr(main.registry, "backends", backends)
+        monkeypatch.setattr(main.app, "openapi_schema", None)
+        document = new_client().get("/openapi.json").json()
+        operation = document["paths"]["/v1/chat/completions"]["post"]
+        assert (NO_CHAT in operation["description"]) == (model is None)
+        (example,) = document["components"]["schemas"]["ChatCompletionRequest"]["examples"]
+        assert example.get("model") == model
 
 
 def test_vocabulary_is_where_top_k_ends() -> None:
