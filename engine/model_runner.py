@@ -15,9 +15,9 @@ from engine.attention import supply_attention
 from engine.batch import ForwardBatch
 from engine.cache import KVCache
 from engine.kernels import Kernel
-from engine.prefix_cache import PrefixCache
+from engine.prefix_cache import BlockScores, PrefixCache, split_scores
 from engine.processor import instruction_set
-from engine.request import EngineRequest, InferenceError, Sequence
+from engine.request import EngineRequest, InferenceError, PositionLogprobs, Sequence
 from engine.sampler import collect_logprobs
 from engine.scheduler import SHORT_PROMPT_TOKENS, is_long
 from engine.weights import prepare_weights
@@ -36,8 +36,11 @@ class StepPlan:
     copies: list[tuple[int, int, int]] = field(default_factory=list)  # cache row, to, num_tokens
     # Each prompt, its cache row, and how many of its tokens are not computed.
     prompts: list[tuple[EngineRequest, int, int]] = field(default_factory=list)
-    # Requests whose prompt's tokens get log probabilities, and where it begins in which pass.
-    scored: list[tuple[EngineRequest, ForwardBatch, int]] = field(default_factory=list)
+    # Requests whose prompt's tokens get log probabilities, in which pass its rows begin where, and
+    # with which token.
+    scored: list[tuple[EngineRequest, ForwardBatch, int, int]] = field(default_factory=list)
+    # What comes of these, for the prefix cache: by the request's id, and the block's number.
+    scores: dict[int, dict[int, BlockScores]] = field(default_factory=dict)
 
     @property
     def num_logit_rows(self) -> int:
@@ -84,9 +87,11 @@ class ModelRunner:
 
     def num_cached_tokens(self, request: EngineRequest) -> int:
         """How many of a prompt's tokens need not be computed."""
-        if not self.prefixes or _is_scored(request):
+        if not self.prefixes:
             return 0
-        return self.prefixes.num_cached_tokens(request.prompt_token_ids, request.cache_salt)
+        num_top = request.params.num_prompt_logprobs if _is_scored(request) else None
+        prompt = request.prompt_token_ids
+        return self.prefixes.num_cached_tokens(prompt, request.cache_salt, num_top)
 
     def forward(self, running: list[Sequence], num_admitted: int) -> Tensor:
         """Logits (num_running, vocab) float32 of the next token of every running sequence.
@@ -106,12 +111,13 @@ class ModelRunner:
                 self.prefixes.load(request.prompt_token_ids, request.cache_salt, start, row)
         parts = []
         for batch in plan.batches:
-            scored = [(request, first) for request, of, first in plan.scored if of is batch]
-            parts.append(self._run_and_score(batch, scored) if scored else self.run(batch))
+            is_scored = any(of is batch for _, of, _, _ in plan.scored)
+            parts.append(self._run_and_score(plan, batch) if is_scored else self.run(batch))
         logits = torch.cat(parts) if len(parts) > 1 else parts[0]
         for request, row, _ in plan.prompts:
             if self.prefixes:
-                self.prefixes.store(request.prompt_token_ids, request.cache_salt, row)
+                scores = plan.scores.get(request.id)
+                self.prefixes.store(request.prompt_token_ids, request.cache_salt, row, scores)
         for source, target, num_tokens in plan.copies:
             self.cache.copy_row(source, target, num_tokens)
         return logits[plan.logit_row_of] if plan.copies else logits
@@ -150,7 +156,7 @@ class ModelRunner:
                 plan.batches.append(ForwardBatch())
             batch = plan.batches[-1]
             if _is_scored(request):
-                plan.scored.append((request, batch, len(batch.token_ids)))
+                plan.scored.append((request, batch, len(batch.token_ids), start))
             batch.add_prompt(prompt[start:], row, start)
             plan.prompts.append((request, row, start))
             batch.logit_rows.append(len(batch.token_ids) - 1)
@@ -187,27 +193,43 @@ class ModelRunner:
         """Rows for the output layer: the last one again and again where they are too few."""
         return rows + rows[-1:] * (self.min_rows - len(rows))
 
-    def _run_and_score(
-        self, batch: ForwardBatch, scored: list[tuple[EngineRequest, int]]
-    ) -> Tensor:
-        """As `run`; and gives these requests, whose prompts begin at these rows, their
-        log probabilities. The output layer works in pieces: the logits of 32,000 tokens of a
-        vocabulary of 150,000 would take 20 GB."""
+    def _run_and_score(self, plan: StepPlan, batch: ForwardBatch) -> Tensor:
+        """As `run`; and gives the scored requests in this pass their log probabilities."""
         hidden, head = self._hidden_states(batch)
-        for request, first in scored:
-            prompt, num_top = request.prompt_token_ids, request.params.num_prompt_logprobs or 0
-            request.prompt_logprobs = []
-            for start in range(0, len(prompt) - 1, SCORED_TOKENS):
-                next_token_ids = prompt[start + 1 : start + 1 + SCORED_TOKENS]
-                rows = list(range(first + start, first + start + len(next_token_ids)))
-                logits = head(hidden[self._padded(rows)])[: len(rows)]
-                try:
-                    request.prompt_logprobs += collect_logprobs(logits, next_token_ids, num_top)
-                except InferenceError as failure:
-                    request.failure = failure
-                    break
+        for request, of, first, start in plan.scored:
+            if of is batch:
+                rows = hidden[first : first + request.num_prompt_tokens - start]
+                plan.scores[request.id] = self._score(request, start, rows, head)
         logits = head(hidden[self._padded(batch.logit_rows)])
         return logits[: len(batch.logit_rows)].float()
+
+    def _score(
+        self, request: EngineRequest, start: int, hidden: Tensor, head: Callable[[Tensor], Tensor]
+    ) -> dict[int, BlockScores]:
+        """Gives a request the log probabilities of its prompt, of which those before token `start`
+        are known. For the prefix cache, the same of blocks.
+
+        hidden: (num_rows, hidden_size), what the output layer gets, from token `start` on. The
+        layer works in pieces: the logits of 32,000 tokens of a vocabulary of 150,000 would take
+        20 GB.
+        """
+        prompt, num_top = request.prompt_token_ids, request.params.num_prompt_logprobs or 0
+        logprobs: list[PositionLogprobs] = []
+        request.prompt_logprobs = logprobs
+        if start and self.prefixes:
+            known = self.prefixes.scores(prompt, request.cache_salt, start)
+            logprobs += [each for block in known for each in block.logprobs]
+            hidden = torch.cat((known[-1].last_hidden[None], hidden))
+        for at in range(0, len(hidden) - 1, SCORED_TOKENS):
+            next_token_ids = prompt[len(logprobs) + 1 :][:SCORED_TOKENS]
+            rows = list(range(at, at + len(next_token_ids)))
+            logits = head(hidden[self._padded(rows)])[: len(rows)]
+            try:
+                logprobs += collect_logprobs(logits, next_token_ids, num_top)
+            except InferenceError as failure:
+                request.failure = failure
+                return {}
+        return split_scores(logprobs, num_top, hidden) if self.prefixes else {}
 
     def _hidden_states(self, batch: ForwardBatch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """What the output layer gets, of every row, and the output layer."""

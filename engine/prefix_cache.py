@@ -3,11 +3,14 @@
 import itertools
 import math
 from collections import OrderedDict
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from engine.cache import PREFIX_BLOCK_TOKENS, KVCache, reserved_zeros
-from engine.request import CacheSalt
+from engine.request import CacheSalt, PositionLogprobs
 
 # A block's name: the number of the block before it, or the salt of the first one, and its own token
 # ids. Names are compared, not their hashes alone, so no two beginnings are taken for one.
@@ -15,11 +18,21 @@ Name = tuple[int | CacheSalt, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
+class BlockScores:
+    """Log probabilities of a block's tokens, and what those of the token behind it follow from."""
+
+    num_top: int  # likeliest tokens beside each
+    logprobs: list[PositionLogprobs]  # a prompt's first token has none
+    last_hidden: Tensor  # (hidden_size,): what the output layer gets of the block's last token
+
+
+@dataclass(slots=True)
 class Block:
     """PREFIX_BLOCK_TOKENS tokens of a prompt, after all those that come before them."""
 
     number: int  # no other block has it, now or later
     place: int  # in the memory
+    scores: BlockScores | None = None  # of the last prompt that was scored and has the block
 
 
 class PrefixCache:
@@ -46,11 +59,27 @@ class PrefixCache:
         self.numbers = itertools.count()
         self.blocks: OrderedDict[Name, Block] = OrderedDict()  # the least recently used one first
 
-    def num_cached_tokens(self, token_ids: SequenceOf[int], cache_salt: CacheSalt) -> int:
+    def num_cached_tokens(
+        self, token_ids: SequenceOf[int], cache_salt: CacheSalt, num_top: int | None = None
+    ) -> int:
         """Of a prompt, how many tokens need not be computed: never all, as the last one's logits
-        are needed. cache_salt: a prompt finds what was stored with the same one."""
+        are needed.
+
+        cache_salt: a prompt finds what was stored with the same one. num_top: how many likeliest
+        tokens go with each token's log probability; None where these are not needed.
+        """
         num_blocks = (len(token_ids) - 1) // PREFIX_BLOCK_TOKENS
-        return len(self._find(token_ids, cache_salt, num_blocks)) * PREFIX_BLOCK_TOKENS
+        found = list(self._find(token_ids, cache_salt, num_blocks).values())
+        if num_top is not None:
+            found = list(itertools.takewhile(lambda block: _has_scores(block, num_top), found))
+        return len(found) * PREFIX_BLOCK_TOKENS
+
+    def scores(
+        self, token_ids: SequenceOf[int], cache_salt: CacheSalt, num_tokens: int
+    ) -> list[BlockScores]:
+        """Of a prompt's first blocks: for as many tokens as `num_cached_tokens` says."""
+        found = self._find(token_ids, cache_salt, num_tokens // PREFIX_BLOCK_TOKENS)
+        return [block.scores for block in found.values() if block.scores]
 
     def load(
         self, token_ids: SequenceOf[int], cache_salt: CacheSalt, num_tokens: int, row: int
@@ -64,8 +93,15 @@ class PrefixCache:
             for layer, stored in zip(self.cache.layers, self.vectors[block.place], strict=True):
                 layer[:, row, :, tokens] = stored
 
-    def store(self, token_ids: SequenceOf[int], cache_salt: CacheSalt, row: int) -> None:
-        """Keeps the whole blocks of a prompt, whose keys and values a cache row has."""
+    def store(
+        self,
+        token_ids: SequenceOf[int],
+        cache_salt: CacheSalt,
+        row: int,
+        scores: Mapping[int, BlockScores] | None = None,
+    ) -> None:
+        """Keeps the whole blocks of a prompt, whose keys and values a cache row has; and the scores
+        of those that have some, by their number in the prompt."""
         num_blocks = min(len(token_ids) // PREFIX_BLOCK_TOKENS, self.num_blocks)
         found = self._find(token_ids, cache_salt, num_blocks)
         self._touch(found)
@@ -77,6 +113,9 @@ class PrefixCache:
             for layer, stored in zip(self.cache.layers, self.vectors[place], strict=True):
                 stored[:] = layer[:, row, :, tokens]
             found[name] = self.blocks[name] = Block(next(self.numbers), place)
+        for at, block in enumerate(found.values()):
+            if scores and at in scores:
+                block.scores = scores[at]
         self._touch(found)
 
     def _find(
@@ -105,6 +144,28 @@ class PrefixCache:
             return self.free_places.pop()
         _, block = self.blocks.popitem(last=False)
         return block.place
+
+
+def split_scores(
+    logprobs: list[PositionLogprobs], num_top: int, hidden: Tensor
+) -> dict[int, BlockScores]:
+    """Scores of a prompt's whole blocks, by their number in it.
+
+    logprobs: of all its tokens but the first. hidden: (num_rows, hidden_size), what the output
+    layer gets of its last tokens; blocks that end before them are left out.
+    """
+    num_tokens = len(logprobs) + 1
+    first = num_tokens - len(hidden)  # the first row's token
+    scores = {}
+    for at in range(math.ceil(first / PREFIX_BLOCK_TOKENS), num_tokens // PREFIX_BLOCK_TOKENS):
+        start, end = at * PREFIX_BLOCK_TOKENS, (at + 1) * PREFIX_BLOCK_TOKENS
+        of_block = logprobs[max(0, start - 1) : end - 1]
+        scores[at] = BlockScores(num_top, of_block, hidden[end - 1 - first].clone())
+    return scores
+
+
+def _has_scores(block: Block, num_top: int) -> bool:
+    return block.scores is not None and block.scores.num_top == num_top
 
 
 def _token_ids_of_block(token_ids: SequenceOf[int], at: int) -> tuple[int, ...]:

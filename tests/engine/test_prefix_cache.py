@@ -227,6 +227,31 @@ def test_engine_forgets_when_its_model_leaves_memory(engine: Engine) -> None:
     assert run(ask(engine, prompt(6)))[0][0] == 3 * BLOCK
 
 
+def test_engine_scores_a_prompt_whose_beginning_it_has_scored(engine: Engine) -> None:
+    """As of the answers to one question; what was not scored, or with fewer likeliest tokens, does
+    not do."""
+
+    def score(token_ids: list[int], num_top: int | None) -> tuple[int, Any]:
+        params = SamplingParams(max_new_tokens=1, seed=1, num_prompt_logprobs=num_top)
+
+        async def ask() -> tuple[int, Any]:
+            request = engine.submit(token_ids, params)
+            await complete(engine, request)
+            return request.num_cached_tokens, request.prompt_logprobs
+
+        return run(ask())[0]
+
+    question, answers = prompt(8), ([3, 4], [5], [9] * 2 * BLOCK)
+    missed = [score([*question, *answer], 2)[1] for answer in answers]
+    engine.runner.prefixes = PrefixCache(engine.runner.cache, MANY_BYTES)
+    found = [score(question, num_top)[0] for num_top in (None, 2, 1, 2)]
+    assert found == [0, 0, 0, 0]
+    for answer, logprobs in zip(answers, missed, strict=True):
+        assert score([*question, *answer], 2) == (3 * BLOCK, logprobs)
+    assert score([*question, *answers[2]], 2) == (5 * BLOCK, missed[2])
+    assert score(question, None)[0] == 3 * BLOCK
+
+
 def test_engine_shares_nothing_where_bits_would_change(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "engine")
     made = Engine(tiny_llama(), tokenizer, prefix_cache_bytes=MANY_BYTES, num_threads=1)
