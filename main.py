@@ -34,6 +34,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # wants a core; 10,000 spins avoid that and cost nothing. torch reads this when it is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+from asyncio import create_task
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from logging import getLogger
@@ -71,6 +72,7 @@ from serving.middleware import (
 )
 from serving.model_loader import choose_precision
 from serving.openai.routes import openai_routes
+from serving.pacing import pace_event_loop
 from serving.rate_limits import RateLimitMiddleware
 from serving.registry import load_models
 from serving.routes import PageFiles, native_events, prompt_route, service_routes, text_routes
@@ -123,7 +125,9 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         service.shutdown.listen(server)
         OpenConnections(settings).watch(server)
     registry.start()
+    pacing = create_task(pace_event_loop(lambda: registry.is_computing))
     yield
+    pacing.cancel()
     await registry.stop()
 
 

@@ -55,6 +55,13 @@ class ModelRegistry:
         """Sequences that run or wait."""
         return sum(each.num_running + each.num_waiting for each in self.backends.values())
 
+    @property
+    def is_computing(self) -> bool:
+        """Whether a model that runs here has a sequence that runs or waits."""
+        return any(
+            each.engine and each.num_running + each.num_waiting for each in self.backends.values()
+        )
+
     def get(self, name: str | None) -> Backend:
         """The model of that name, the default one for None. Raises UnknownModel."""
         if not name:
