@@ -1,6 +1,6 @@
 """Text generation with GPT-2-class models behind an HTTP API.
 
-    uvicorn main:app            # then open http://localhost:8000
+    uvicorn main:app            # then open http://localhost:8000; python main.py --help
 
 Routes: `POST /generate` (JSON, or server-sent events with `"stream": true`), which is in this
 file; `POST /generate-text/`, `GET|POST /generate/text` (plain text as it is generated),
@@ -21,6 +21,11 @@ The life of a request:
  8. An error on the way becomes an answer in one place, serving/error_handlers.py; a stream that
     has begun ends with an error event.
 """
+
+if __name__ == "__main__":  # `python main.py --help`; what serves is imported as `main`
+    from serving.command import run_command
+
+    run_command("main:app")
 
 import gc
 import os
@@ -45,7 +50,6 @@ from fastapi import FastAPI, Request
 from fastapi_offline import FastAPIOffline
 from starlette.middleware.cors import CORSMiddleware
 from transformers import pipeline
-from transformers.utils.logging import disable_progress_bar
 
 import models
 from serving.bodies import BoundedRoute
@@ -70,7 +74,7 @@ from serving.middleware import (
     UnexpectedErrorMiddleware,
     read_api_keys,
 )
-from serving.model_loader import choose_precision
+from serving.model_loader import choose_precision, show_only_downloads
 from serving.openai.routes import openai_routes
 from serving.pacing import pace_event_loop
 from serving.rate_limits import RateLimitMiddleware
@@ -80,6 +84,7 @@ from serving.service import CurrentClient, CurrentService, Service
 from serving.settings import read_settings, refuse_setting
 from serving.shutdown import GracefulShutdown, running_server
 from serving.streams import GenerationStream, admit, finish
+from serving.token_routes import token_routes
 
 gc.freeze()
 gc.enable()
@@ -98,7 +103,7 @@ except ValueError as invalid_word:
 # --- The model: loaded here, at import ----------------------------------------------------------
 
 torch.set_num_threads(1)  # of this thread, which only loads: the engine's thread has the cores
-disable_progress_bar()
+show_only_downloads()
 precision = choose_precision(settings)
 
 
@@ -197,4 +202,5 @@ async def generate(
 
 app.include_router(text_routes)
 app.include_router(openai_routes)
+app.include_router(token_routes)
 app.include_router(prompt_route)  # last: it takes any path

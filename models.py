@@ -418,7 +418,7 @@ class StreamOptions(_Strict):
     include_obfuscation: bool = Field(default=False, description="Accepted, ignored.")
 
 
-class _OpenAIRequest(ModelChoice, SamplingFields):
+class OpenAIRequest(ModelChoice, SamplingFields):
     """What both `/v1` generation routes take."""
 
     top_p: TopP = 1.0
@@ -473,6 +473,14 @@ class _OpenAIRequest(ModelChoice, SamplingFields):
         description="Added to the logits of these token ids; -100 all but bans.",
         examples=[{"11": -100}],
     )
+    prompt_logprobs: Left[Annotated[int, Field(ge=0, le=20)]] = Field(
+        default=None,
+        description="Give the log probability of each token of the prompt, and those of so many "
+        "likeliest tokens in its place; not in a stream.",
+    )
+    return_token_ids: bool = Field(
+        default=False, description="Give the token ids of prompt and text, too."
+    )
     stream: bool = Field(default=False, description="Send chunks as server-sent events.")
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
     user: Left[str] = Field(default=None, description="Accepted, ignored.")
@@ -481,6 +489,11 @@ class _OpenAIRequest(ModelChoice, SamplingFields):
         description="Only prompts with the same one share keys and values, so that nobody else can "
         "tell by the time it takes how this one begins. Choose one that cannot be guessed.",
     )
+
+    @property
+    def asks_of_prompt(self) -> bool:
+        """Whether the answer is to tell of the prompt's tokens."""
+        return self.return_token_ids or self.prompt_logprobs is not None
 
     @model_validator(mode="before")
     @classmethod
@@ -492,7 +505,7 @@ class _OpenAIRequest(ModelChoice, SamplingFields):
         return drop_neutral(fields, cls.model_fields, NEUTRAL_VALUES)
 
 
-class CompletionRequest(_OpenAIRequest):
+class CompletionRequest(OpenAIRequest):
     """`POST /v1/completions` (https://platform.openai.com/docs/api-reference/completions)"""
 
     model_config = ConfigDict(
@@ -572,7 +585,7 @@ class ChatMessage(_Strict):
         return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
-class ChatCompletionRequest(_OpenAIRequest):
+class ChatCompletionRequest(OpenAIRequest):
     """`POST /v1/chat/completions` (https://platform.openai.com/docs/api-reference/chat)"""
 
     model_config = ConfigDict(
@@ -611,6 +624,87 @@ class ChatCompletionRequest(_OpenAIRequest):
     def names_length(self) -> bool:
         """Whether it says how long the answer may be, and be it as long as fits."""
         return not self.model_fields_set.isdisjoint({"max_completion_tokens", "max_tokens"})
+
+
+# --- Tokens -------------------------------------------------------------------------------------
+
+
+class TokenizeRequest(ModelChoice):
+    """`POST /tokenize`, as vLLM has it"""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"prompt": "Once upon a time", "return_token_strs": True}]}
+    )
+
+    prompt: Left[Text] = Field(default=None, description="A text, however long a body may be.")
+    messages: Left[
+        Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    ] = Field(default=None, description="Or a conversation, by the model's chat template.")
+    add_special_tokens: Left[bool] = Field(
+        default=None,
+        description="Put the tokens around it that the tokenizer has for that. Left out: around a "
+        "prompt; a chat template brings its own.",
+    )
+    add_generation_prompt: bool = Field(
+        default=True, description="End a conversation where the answer begins."
+    )
+    return_token_strs: bool = Field(
+        default=False, description="Give the tokens as the vocabulary spells them, too."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_changes_nothing(cls, body: Any) -> Any:
+        if not isinstance(body, dict) or len(body) > MAX_FIELDS:
+            return body
+        return drop_neutral(body, cls.model_fields, NEUTRAL_VALUES)
+
+    @model_validator(mode="after")
+    def _is_of_one_kind(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            reason = "there must be either a prompt or messages"
+            raise PydanticCustomError("one_of_two", reason, {"param": "prompt"})
+        return self
+
+
+class TokenizeResponse(BaseModel):
+    count: int = Field(examples=[4])
+    max_model_len: int = Field(description="Tokens of prompt and text together.", examples=[1024])
+    tokens: list[int] = Field(description="The token ids.", examples=[[7454, 2402, 257, 640]])
+    token_strs: list[str] | None = Field(
+        description="The tokens as the vocabulary spells them, if asked for.",
+        examples=[["Once", "Ġupon", "Ġa", "Ġtime"]],
+    )
+
+
+class DetokenizeRequest(ModelChoice):
+    """`POST /detokenize`, as vLLM has it"""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"tokens": [0, 1, 2]}]})
+
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_PROMPT_TOKENS, fail_fast=True)] = Field(
+        description="Token ids; those of special tokens give their names."
+    )
+
+
+class DetokenizeResponse(BaseModel):
+    prompt: str = Field(description="The text.", examples=["Once upon a time"])
+
+
+class TokenizerConfig(BaseModel):
+    """What a `tokenizer_config.json` says: the special tokens that there are, too."""
+
+    model_config = ConfigDict(extra="allow")
+
+    tokenizer_class: str = Field(examples=["GPT2Tokenizer"])
+    model_max_length: int = Field(
+        description="Tokens of prompt and text together, as they are served.", examples=[1024]
+    )
+    eos_token: str | None = Field(description="Ends a text.", examples=["<|endoftext|>"])
+    chat_template: str | None = Field(description="In Jinja; null: the model takes no chat.")
+
+
+# --- OpenAI responses ---------------------------------------------------------------------------
 
 
 class PromptTokensDetails(BaseModel):
@@ -657,12 +751,38 @@ StopReason = Annotated[
 ]
 
 
+TokenIdsToTell = Annotated[
+    list[int] | None, Field(description="With `return_token_ids`; of a chunk, those it adds.")
+]
+PromptTokenIdsToTell = Annotated[
+    list[int] | None, Field(description="With `return_token_ids`; in a stream once.")
+]
+
+
+class PromptLogprob(BaseModel):
+    logprob: float = Field(examples=[-1.2])
+    rank: int = Field(description="1: none was likelier.", examples=[1])
+    decoded_token: str = Field(examples=[" upon"])
+
+
+PromptLogprobsToTell = Annotated[
+    list[dict[str, PromptLogprob] | None] | None,
+    Field(
+        description="With `prompt_logprobs`: for each token of the prompt itself and the "
+        "likeliest ones, by their ids; null for the first."
+    ),
+]
+
+
 class CompletionChoice(BaseModel):
     index: int = Field(examples=[0])
     text: str = Field(examples=[" there was a king"])
     logprobs: CompletionLogprobs | None = None
     finish_reason: FinishReason | None = Field(description="Null in a chunk before the last.")
     stop_reason: StopReason = None
+    token_ids: TokenIdsToTell = None
+    prompt_token_ids: PromptTokenIdsToTell = None
+    prompt_logprobs: PromptLogprobsToTell = None
 
 
 class _OpenAIResponse(BaseModel):
@@ -707,11 +827,14 @@ class ChatChoice(BaseModel):
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason
     stop_reason: StopReason = None
+    token_ids: TokenIdsToTell = None
 
 
 class ChatCompletion(_OpenAIResponse):
     object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
+    prompt_token_ids: PromptTokenIdsToTell = None
+    prompt_logprobs: PromptLogprobsToTell = None
 
 
 class MessageDelta(BaseModel):
@@ -725,11 +848,13 @@ class ChunkChoice(BaseModel):
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None
     stop_reason: StopReason = None
+    token_ids: TokenIdsToTell = None
 
 
 class ChatCompletionChunk(_OpenAIResponse):
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     choices: list[ChunkChoice]
+    prompt_token_ids: PromptTokenIdsToTell = None
 
 
 class Model(BaseModel):

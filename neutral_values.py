@@ -31,7 +31,7 @@ NEUTRAL_VALUES: dict[str, Any] = {
     "use_beam_search": [False], "length_penalty": ANYTHING, "early_stopping": [False],
     "priority": [0], "bad_words": [[]], "allowed_token_ids": [], "truncate_prompt_tokens": [],
     "skip_special_tokens": [True], "spaces_between_special_tokens": [True],
-    "prompt_logprobs": [], "return_token_ids": [False], "return_tokens_as_token_ids": [False],
+    "return_tokens_as_token_ids": [False],
     "logits_processors": [[]], "prompt_embeds": [], "kv_transfer_params": [], "vllm_xargs": [{}],
     "structured_outputs": [], "guided_json": [], "guided_regex": [], "guided_choice": [],
     "guided_grammar": [""], "guided_whitespace_pattern": [], "echo": [False], "best_of": [1],

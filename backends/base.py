@@ -21,7 +21,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import models
@@ -135,6 +135,13 @@ class Deadline:
             raise DeadlineExceeded(self.timeout_seconds) from None
 
 
+class PromptTokens(NamedTuple):
+    """What a client may be told of a prompt's tokens."""
+
+    token_ids: list[int]
+    logprobs: list[dict[str, Any] | None] | None  # each a models.PromptLogprob by its token's id
+
+
 @dataclass(frozen=True, slots=True)
 class TextDelta:
     """What one choice has gained: whole characters, filtered."""
@@ -145,6 +152,8 @@ class TextDelta:
     token_logprobs: list[float]  # of its tokens, if asked for
     finish_reason: FinishReason | None  # set in the last delta of the choice
     stop_reason: StopReason | None = None  # the stop string or token that ended it
+    token_ids: list[int] = field(default_factory=list)  # of a model that runs here
+    prompt: PromptTokens | None = None  # in the first delta of a choice, if asked for
 
 
 class Generation(ABC):
@@ -202,6 +211,13 @@ class Generation(ABC):
         async with aclosing(self.deltas()) as deltas:
             whole = {delta.index: delta async for delta in deltas}
         return [whole[index] for index in sorted(whole)]
+
+
+class Tokens(NamedTuple):
+    """What a tokenizer makes of a text."""
+
+    token_ids: list[int]
+    token_strs: list[str] | None  # as the vocabulary spells them, if asked for
 
 
 class About(NamedTuple):
@@ -304,6 +320,20 @@ class Backend(ABC):
         self, body: models.ChatCompletionRequest, *, client: Client
     ) -> Generation:
         """The choices of `/v1/chat/completions`. Raises ContextExceeded, NoChatTemplate too."""
+
+    @abstractmethod
+    async def tokenize(self, body: models.TokenizeRequest, *, client: Client) -> Tokens:
+        """The tokens of a text or a conversation. Raises NoChatTemplate too, DeadlineExceeded, and
+        InvalidField for a model on another server, as do the two below."""
+
+    @abstractmethod
+    async def detokenize(self, body: models.DetokenizeRequest, *, client: Client) -> str:
+        """The text of token ids, special ones too."""
+
+    @property
+    @abstractmethod
+    def tokenizer_config(self) -> dict[str, Any]:
+        """models.TokenizerConfig."""
 
     @abstractmethod
     def start(self) -> None:

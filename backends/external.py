@@ -33,6 +33,7 @@ from backends.base import (
     Generation,
     InvalidField,
     TextDelta,
+    Tokens,
     check_num_sequences,
     holds_forbidden_word,
     new_token_budget,
@@ -322,6 +323,19 @@ class ExternalBackend(Backend):
             "chat/completions", body, texts, [""], {}, client, body.n * max_tokens
         )
 
+    async def tokenize(self, body: models.TokenizeRequest, *, client: Client) -> Tokens:
+        raise self._has_no_tokenizer()
+
+    async def detokenize(self, body: models.DetokenizeRequest, *, client: Client) -> str:
+        raise self._has_no_tokenizer()
+
+    @property
+    def tokenizer_config(self) -> dict[str, Any]:
+        raise self._has_no_tokenizer()
+
+    def _has_no_tokenizer(self) -> InvalidField:
+        return InvalidField("model", f"{self.name} is on another server, and so is its tokenizer")
+
     async def _submit_openai(
         self,
         route: Route,
@@ -334,6 +348,9 @@ class ExternalBackend(Backend):
     ) -> Generation:
         """texts: what a prompt filter reads; before: what the answers follow on; changes: to the
         client's body; num_new_tokens: as many as may be generated."""
+        if body.asks_of_prompt:
+            field = "return_token_ids" if body.return_token_ids else "prompt_logprobs"
+            raise InvalidField(field, f"cannot be had of {self.name}, an external model")
         deadline = self._new_deadline()
         self.log_prompts(texts)
         # A null stands for a seed that is to be drawn.

@@ -5,7 +5,7 @@ import math
 from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as SequenceOf
 from contextlib import aclosing
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 from jinja2 import TemplateError
@@ -22,11 +22,14 @@ from backends.base import (
     Generation,
     InvalidField,
     NoChatTemplate,
+    PromptTokens,
     TextDelta,
+    Tokens,
     check_num_sequences,
     holds_forbidden_word,
     new_token_budget,
 )
+from backends.conversations import as_template_reads, find_turn_ends, texts_of
 from backends.generation_config import AuthorsDefaults
 from backends.logprobs import ChoiceLogprobs, TokenSpelling
 from backends.reader import Pieces, Reader, read_at_once
@@ -41,6 +44,8 @@ from engine import (
     TextFilter,
     instruction_set,
 )
+
+PIECE_TOKENS = 10_000  # that are looked up before others have their turn
 
 LogPrompts = Callable[[str | list[str]], None]
 
@@ -80,6 +85,8 @@ class LocalBackend(Backend):
         self.reader = reader
         self.defaults = defaults or AuthorsDefaults()
         self.log_prompts = log_prompts or (lambda prompts: None)
+        self.is_base_model = False  # which continues texts, whatever template it was given
+        self.turn_ends: tuple[str, ...] = ()  # strings that end an answer in a conversation
         model = engine.model
         kernel = engine.kernel.name
         self.about = About(str(model.dtype), model.device.type, kernel, instruction_set())
@@ -149,6 +156,13 @@ class LocalBackend(Backend):
         if self.engine.is_full and self.is_loaded:
             return f"the queue of {self.name} is full"
         return None
+
+    def set_chat_template(self, template: str) -> None:
+        """Has conversations read by this template; an answer ends where the next turn would begin.
+        Raises InvalidField for a template that does not work."""
+        self.is_base_model = not self.tokenizer.chat_template
+        self.tokenizer.chat_template = template
+        self.turn_ends = find_turn_ends(partial(self._apply_chat_template, "messages"))
 
     def unload(self) -> None:
         """Takes the model out of memory, once it has answered what came before. Blocks."""
@@ -220,15 +234,22 @@ class LocalBackend(Backend):
             requests = self.engine.submit_all(
                 prompts, sampling, place=place, streams=body.stream, cache_salt=salt
             )
-        form: LogprobsForm = None if body.logprobs is None else "completion"
-        return LocalGeneration(self, requests, deadline, form, echo=texts if body.echo else None)
+        return LocalGeneration(
+            self,
+            requests,
+            deadline,
+            logprobs_form=None if body.logprobs is None else "completion",
+            num_top=body.logprobs,
+            echo=texts if body.echo else None,
+            tells_prompt=body.asks_of_prompt,
+        )
 
     async def submit_chat(
         self, body: models.ChatCompletionRequest, *, client: Client
     ) -> Generation:
         if not self.takes_chat:
             raise NoChatTemplate(self.name)
-        texts = [message.text for message in body.messages]
+        texts = texts_of(body.messages)
         self._check_num_sequences("n", body.n)
         self._check_sizes(["".join(texts)], body.most_tokens)
         with self.engine.place(client.identity, body.n) as place:
@@ -237,14 +258,51 @@ class LocalBackend(Backend):
             num_prompt_tokens = len(prompt.token_ids)
             num_logprobs = body.top_logprobs if body.logprobs else None
             most_tokens = body.most_tokens if body.names_length else self.defaults.max_new_tokens
-            sampling = self._sampling_params(body, most_tokens, num_logprobs)
+            sampling = self._sampling_params(
+                body, most_tokens, num_logprobs, turn_ends=self.turn_ends
+            )
             num_new_tokens = self._num_new_tokens(prompt, most_tokens)
             await client.reserve(num_prompt_tokens, body.n * num_new_tokens)
             salt = (client.key_name, body.cache_salt or "")
             requests = self.engine.submit_all(
                 [prompt], sampling, place=place, streams=body.stream, cache_salt=salt
             )
-        return LocalGeneration(self, requests, deadline, "chat" if body.logprobs else None)
+        return LocalGeneration(
+            self,
+            requests,
+            deadline,
+            logprobs_form="chat" if body.logprobs else None,
+            tells_prompt=body.asks_of_prompt,
+            strips_start=self.is_base_model,
+        )
+
+    async def tokenize(self, body: models.TokenizeRequest, *, client: Client) -> Tokens:
+        if body.messages is not None and not self.takes_chat:
+            raise NoChatTemplate(self.name)
+        texts = [body.prompt or ""] if body.messages is None else texts_of(body.messages)
+        with self.engine.place(client.identity) as place:  # all that it takes of the engine
+            pieces = self._tokens(body)
+            return await self.reader.read(client, self._deadline(place), texts, pieces)
+
+    async def detokenize(self, body: models.DetokenizeRequest, *, client: Client) -> str:
+        num_tokens = max(self.vocab_size, len(self.tokenizer))
+        if max(body.tokens, default=0) >= num_tokens:
+            raise InvalidField("tokens", f"token ids go up to {num_tokens - 1}")
+        with self.engine.place(client.identity) as place:
+            pieces = self._decoded(body.tokens)
+            return await self.reader.read(client, self._deadline(place), [body.tokens], pieces)
+
+    @property
+    def tokenizer_config(self) -> dict[str, Any]:
+        tokenizer, template = self.tokenizer, self.tokenizer.chat_template
+        return {
+            "tokenizer_class": type(tokenizer).__name__,
+            "model_max_length": self.max_model_len,
+            "eos_token": None,
+            **tokenizer.special_tokens_map,
+            # Some have several, by name.
+            "chat_template": template.get("default") if isinstance(template, dict) else template,
+        }
 
     def _deadline(self, place: Place) -> Deadline:
         return Deadline(place.arrived_seconds, self.request_timeout_seconds)
@@ -274,7 +332,8 @@ class LocalBackend(Backend):
         body: models.CompletionRequest | models.ChatCompletionRequest,
         most_tokens: int | None,
         num_logprobs: int | None,
-        num_prompt_logprobs: int | None = None,
+        num_echo_logprobs: int | None = None,
+        turn_ends: tuple[str, ...] = (),
     ) -> SamplingParams:
         """The engine's parameters. Raises InvalidField for what depends on the model."""
         logit_bias = {int(token_id): bias for token_id, bias in body.logit_bias.items()}
@@ -290,7 +349,10 @@ class LocalBackend(Backend):
             reason = f"must not be above the {max_tokens} tokens to generate"
             raise InvalidField("min_tokens", reason)
         stop_tokens = {token_id: token_id for token_id in body.stop_token_ids}
-        stop = (*body.stop, *(() if body.ignore_eos else self.defaults.stop))
+        stop = tuple(body.stop)
+        if not body.ignore_eos:
+            stop += (*self.defaults.stop, *turn_ends)
+        of_prompt = [n for n in (num_echo_logprobs, body.prompt_logprobs) if n is not None]
         sampling = self.defaults.sampling_of(body)
         sampling["top_k"] = max(0, sampling["top_k"])
         if sampling["top_p"] == 0:
@@ -308,7 +370,8 @@ class LocalBackend(Backend):
             stop_token_ids={**stop_tokens, **self._special_stops(stop)},
             includes_stop=body.include_stop_str_in_output,
             num_logprobs=num_logprobs,
-            num_prompt_logprobs=num_prompt_logprobs,
+            num_prompt_logprobs=max(of_prompt, default=None),
+            ranks_prompt=body.prompt_logprobs is not None,
             seed=body.seed,
             rules=self.defaults.rules,
         )
@@ -321,7 +384,7 @@ class LocalBackend(Backend):
         """A prompt; is_chat: what a conversation begins with, if the model takes one."""
         options = {}
         written = text
-        if is_chat and self.takes_chat:
+        if is_chat and self.takes_chat and not self.is_base_model:
             text = self._apply_chat_template("prompt", [{"role": "user", "content": text}])
             options = {"add_special_tokens": False}
         return (yield from self._prompt("prompt", [written], self._encode(text, **options)))
@@ -352,22 +415,47 @@ class LocalBackend(Backend):
     def _chat_prompt(self, body: models.ChatCompletionRequest, texts: list[str]) -> Pieces[Prompt]:
         """A conversation, by the model's own template. texts: of its messages."""
         self.log_prompts(texts)
-        messages = [
-            {"role": "system" if message.role == "developer" else message.role, "content": text}
-            for message, text in zip(body.messages, texts, strict=True)
-        ]
-        prompt = self._apply_chat_template("messages", messages)
+        prompt = self._apply_chat_template("messages", as_template_reads(body.messages))
         yield
         token_ids = self._encode(prompt, add_special_tokens=False)
         self._check_length(len(token_ids), body.most_tokens)
         return (yield from self._prompt("messages", texts, token_ids))
 
-    def _apply_chat_template(self, field: str, messages: list[dict[str, str]]) -> str:
+    def _tokens(self, body: models.TokenizeRequest) -> Pieces[Tokens]:
+        """What the tokenizer makes of a text or a conversation."""
+        adds_special_tokens = body.add_special_tokens
+        if body.messages is not None:
+            messages = as_template_reads(body.messages)
+            text = self._apply_chat_template("messages", messages, body.add_generation_prompt)
+            yield
+        else:
+            text = body.prompt or ""
+            adds_special_tokens = adds_special_tokens is not False
+        token_ids = self._encode(text, add_special_tokens=bool(adds_special_tokens))
+        if not body.return_token_strs:
+            return Tokens(token_ids, None)
+        token_strs: list[str] = []
+        for start in range(0, len(token_ids), PIECE_TOKENS):
+            yield
+            piece = token_ids[start : start + PIECE_TOKENS]
+            token_strs += self.tokenizer.convert_ids_to_tokens(piece)
+        return Tokens(token_ids, token_strs)
+
+    def _decoded(self, token_ids: list[int]) -> Pieces[str]:
+        yield
+        # `decode` would keep Python's lock.
+        backend = self.tokenizer.backend_tokenizer
+        (text,) = backend.decode_batch([token_ids], skip_special_tokens=False)
+        return str(text)
+
+    def _apply_chat_template(
+        self, field: str, messages: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
         """The conversation as the model reads it. Raises InvalidField, whatever the template does,
         which is a program that came with the model."""
         try:
             prompt: str = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False
+                messages, add_generation_prompt=add_generation_prompt, tokenize=False
             )
         except Exception as error:
             reason = f"the model's chat template failed ({type(error).__name__})"
@@ -420,7 +508,11 @@ class LocalGeneration(Generation):
     """The sequences of requests that were submitted to an engine together.
 
     logprobs_form: of which route's log probabilities; None: none are wanted.
+    num_top: of so many likeliest tokens; None: as many as there are.
     echo: the text of each request's prompt, if answers begin with it.
+    tells_prompt: whether the first delta of a choice has the tokens of its prompt.
+    strips_start: whether a text begins with its first word: what follows `Assistant:` in a play
+    has a blank before it.
     """
 
     def __init__(
@@ -428,17 +520,25 @@ class LocalGeneration(Generation):
         backend: LocalBackend,
         requests: list[EngineRequest],
         deadline: Deadline,
+        *,
         logprobs_form: LogprobsForm = None,
+        num_top: int | None = None,
         echo: list[str] | None = None,
+        tells_prompt: bool = False,
+        strips_start: bool = False,
     ):
         self.model_name = backend.name
         self.backend = backend
         self.requests = requests
         self.deadline = deadline
         self.logprobs_form = logprobs_form
+        self.num_top = num_top
         self.echo = echo
+        self.tells_prompt = tells_prompt
+        self.strips_start = strips_start
         self._num_completion_tokens = 0
         self._logprobs: dict[int, ChoiceLogprobs] = {}  # of each choice that has begun
+        self._with_text: set[int] = set()  # choices of which a client has more than nothing
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -474,7 +574,9 @@ class LocalGeneration(Generation):
                 async for delta in deltas:
                     yield self._text_delta(delta, is_first=delta.index not in begun)
                     begun.add(delta.index)
-                    if self.logprobs_form:  # long to write, and many may be here already
+                    if (
+                        self.logprobs_form or self.tells_prompt
+                    ):  # long to write, and many may be here already
                         await asyncio.sleep(0)
         except TimeoutError:
             raise DeadlineExceeded(self.deadline.timeout_seconds) from None
@@ -485,16 +587,22 @@ class LocalGeneration(Generation):
     def _text_delta(self, delta: Delta, is_first: bool) -> TextDelta:
         self._num_completion_tokens += len(delta.token_ids)
         text, logprobs, prompt = delta.text, None, None
+        at = delta.index // self.requests[0].num_sequences
         if self.echo and is_first:
-            at = delta.index // self.requests[0].num_sequences
             prompt = (self.echo[at], self.requests[at])
             text = self.echo[at] + text
+        if self.strips_start and delta.index not in self._with_text:
+            text = text.lstrip()
+            if text:
+                self._with_text.add(delta.index)
         if self.logprobs_form:
             if is_first:
                 self._logprobs[delta.index] = ChoiceLogprobs(self.backend.spelling)
             written = self._logprobs[delta.index]
-            is_chat = self.logprobs_form == "chat"
-            logprobs = written.chat(delta) if is_chat else written.completion(delta, prompt)
+            if self.logprobs_form == "chat":
+                logprobs = written.chat(delta)
+            else:
+                logprobs = written.completion(delta, prompt, self.num_top)
         return TextDelta(
             delta.index,
             text,
@@ -502,4 +610,11 @@ class LocalGeneration(Generation):
             [token.logprob for token in delta.logprobs],
             delta.finish_reason,
             delta.stop_reason,
+            delta.token_ids,
+            self._prompt_tokens(self.requests[at]) if self.tells_prompt and is_first else None,
         )
+
+    def _prompt_tokens(self, request: EngineRequest) -> PromptTokens:
+        has_logprobs = request.params.ranks_prompt
+        logprobs = self.backend.spelling.of_prompt(request) if has_logprobs else None
+        return PromptTokens(request.prompt_token_ids, logprobs)

@@ -60,9 +60,28 @@ class TokenSpelling:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
-    def alternatives(self, token: PositionLogprobs) -> list[tuple[int, float]]:
-        """The likeliest tokens without those that are forbidden words."""
-        return [(id_, lp) for id_, lp in token.top if not self.is_forbidden(id_)]
+    def alternatives(
+        self, token: PositionLogprobs, num_top: int | None = None
+    ) -> list[tuple[int, float]]:
+        """The likeliest tokens, or so many of them, without those that are forbidden words."""
+        return [(id_, lp) for id_, lp in token.top[:num_top] if not self.is_forbidden(id_)]
+
+    def of_prompt(self, request: EngineRequest) -> list[dict[str, Any] | None]:
+        """models.PromptLogprob of each token of a prompt and of the likeliest ones in its place,
+        by their ids; None for the first. Like vLLM's, the prompt's own comes first."""
+
+        def written(token_id: int, logprob: float, rank: int | None) -> dict[str, Any]:
+            text = self.raw_bytes(token_id).decode(errors="replace")
+            return {"logprob": logprob, "rank": rank, "decoded_token": text}
+
+        told: list[dict[str, Any] | None] = [None]
+        for token in request.prompt_logprobs or []:
+            at_position = {str(token.token_id): written(token.token_id, token.logprob, token.rank)}
+            for rank, (token_id, logprob) in enumerate(token.top, start=1):
+                if not self.is_forbidden(token_id):
+                    at_position.setdefault(str(token_id), written(token_id, logprob, rank))
+            told.append(at_position)
+        return told
 
     def offsets(self, text: str, token_ids: Sequence[int]) -> list[int]:
         """Where in a prompt's text each of its tokens begins, in characters.
@@ -103,8 +122,11 @@ class ChoiceLogprobs:
         self.num_echoed_characters = 0  # of the prompt
         self.num_characters = 0  # of text so far, the echo included
 
-    def completion(self, delta: Delta, prompt: tuple[str, EngineRequest] | None) -> dict[str, Any]:
-        """models.CompletionLogprobs. prompt: one to be echoed, whose first token has none."""
+    def completion(
+        self, delta: Delta, prompt: tuple[str, EngineRequest] | None, num_top: int | None = None
+    ) -> dict[str, Any]:
+        """models.CompletionLogprobs. prompt: one to be echoed, whose first token has none; num_top:
+        so many of the likeliest tokens, of which a prompt's may have more."""
         tokens: list[PositionLogprobs] = []
         offsets: list[int] = []
         first_token_id = None
@@ -122,7 +144,7 @@ class ChoiceLogprobs:
         tokens += delta.logprobs
         token_ids = [token.token_id for token in tokens]
         token_logprobs: list[float | None] = [token.logprob for token in tokens]
-        top: list[dict[str, float] | None] = [self._top(token) for token in tokens]
+        top: list[dict[str, float] | None] = [self._top(token, num_top) for token in tokens]
         if first_token_id is not None:
             token_ids.insert(0, first_token_id)
             token_logprobs.insert(0, None)
@@ -151,7 +173,8 @@ class ChoiceLogprobs:
         ]
         return {"content": content, "refusal": None}
 
-    def _top(self, token: PositionLogprobs) -> dict[str, float]:
+    def _top(self, token: PositionLogprobs, num_top: int | None) -> dict[str, float]:
         """The likeliest tokens and the token itself, each once."""
-        likeliest = [*self.spelling.alternatives(token), (token.token_id, token.logprob)]
+        likeliest = self.spelling.alternatives(token, num_top)
+        likeliest.append((token.token_id, token.logprob))
         return {self.spelling.text(id_): logprob for id_, logprob in likeliest}

@@ -15,7 +15,7 @@ from engine.attention import supply_attention
 from engine.batch import ForwardBatch
 from engine.cache import KVCache
 from engine.kernels import Kernel
-from engine.prefix_cache import BlockScores, PrefixCache, split_scores
+from engine.prefix_cache import BlockScores, PrefixCache, ScoresKind, split_scores
 from engine.processor import instruction_set
 from engine.request import EngineRequest, InferenceError, PositionLogprobs, Sequence
 from engine.sampler import collect_logprobs
@@ -89,9 +89,9 @@ class ModelRunner:
         """How many of a prompt's tokens need not be computed."""
         if not self.prefixes:
             return 0
-        num_top = request.params.num_prompt_logprobs if _is_scored(request) else None
+        kind = _scores_kind(request) if _is_scored(request) else None
         prompt = request.prompt_token_ids
-        return self.prefixes.num_cached_tokens(prompt, request.cache_salt, num_top)
+        return self.prefixes.num_cached_tokens(prompt, request.cache_salt, kind)
 
     def forward(self, running: list[Sequence], num_admitted: int) -> Tensor:
         """Logits (num_running, vocab) float32 of the next token of every running sequence.
@@ -213,7 +213,7 @@ class ModelRunner:
         layer works in pieces: the logits of 32,000 tokens of a vocabulary of 150,000 would take
         20 GB.
         """
-        prompt, num_top = request.prompt_token_ids, request.params.num_prompt_logprobs or 0
+        prompt, kind = request.prompt_token_ids, _scores_kind(request)
         logprobs: list[PositionLogprobs] = []
         request.prompt_logprobs = logprobs
         if start and self.prefixes:
@@ -225,11 +225,11 @@ class ModelRunner:
             rows = list(range(at, at + len(next_token_ids)))
             logits = head(hidden[self._padded(rows)])[: len(rows)]
             try:
-                logprobs += collect_logprobs(logits, next_token_ids, num_top)
+                logprobs += collect_logprobs(logits, next_token_ids, *kind)
             except InferenceError as failure:
                 request.failure = failure
                 return {}
-        return split_scores(logprobs, num_top, hidden) if self.prefixes else {}
+        return split_scores(logprobs, kind, hidden) if self.prefixes else {}
 
     def _hidden_states(self, batch: ForwardBatch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """What the output layer gets, of every row, and the output layer."""
@@ -308,3 +308,7 @@ class ModelRunner:
 def _is_scored(request: EngineRequest) -> bool:
     """Whether the tokens of its prompt are to get log probabilities, and have none yet."""
     return request.params.num_prompt_logprobs is not None and request.prompt_logprobs is None
+
+
+def _scores_kind(request: EngineRequest) -> ScoresKind:
+    return request.params.num_prompt_logprobs or 0, request.params.ranks_prompt

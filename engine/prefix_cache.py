@@ -17,11 +17,15 @@ from engine.request import CacheSalt, PositionLogprobs
 Name = tuple[int | CacheSalt, tuple[int, ...]]
 
 
+# How many likeliest tokens go with each log probability, and whether the token's rank does.
+ScoresKind = tuple[int, bool]
+
+
 @dataclass(frozen=True, slots=True)
 class BlockScores:
     """Log probabilities of a block's tokens, and what those of the token behind it follow from."""
 
-    num_top: int  # likeliest tokens beside each
+    kind: ScoresKind
     logprobs: list[PositionLogprobs]  # a prompt's first token has none
     last_hidden: Tensor  # (hidden_size,): what the output layer gets of the block's last token
 
@@ -60,18 +64,18 @@ class PrefixCache:
         self.blocks: OrderedDict[Name, Block] = OrderedDict()  # the least recently used one first
 
     def num_cached_tokens(
-        self, token_ids: SequenceOf[int], cache_salt: CacheSalt, num_top: int | None = None
+        self, token_ids: SequenceOf[int], cache_salt: CacheSalt, kind: ScoresKind | None = None
     ) -> int:
         """Of a prompt, how many tokens need not be computed: never all, as the last one's logits
         are needed.
 
-        cache_salt: a prompt finds what was stored with the same one. num_top: how many likeliest
-        tokens go with each token's log probability; None where these are not needed.
+        cache_salt: a prompt finds what was stored with the same one. kind: of the log probabilities
+        that its tokens need; None where they need none.
         """
         num_blocks = (len(token_ids) - 1) // PREFIX_BLOCK_TOKENS
         found = list(self._find(token_ids, cache_salt, num_blocks).values())
-        if num_top is not None:
-            found = list(itertools.takewhile(lambda block: _has_scores(block, num_top), found))
+        if kind is not None:
+            found = list(itertools.takewhile(lambda block: _has_scores(block, kind), found))
         return len(found) * PREFIX_BLOCK_TOKENS
 
     def scores(
@@ -147,7 +151,7 @@ class PrefixCache:
 
 
 def split_scores(
-    logprobs: list[PositionLogprobs], num_top: int, hidden: Tensor
+    logprobs: list[PositionLogprobs], kind: ScoresKind, hidden: Tensor
 ) -> dict[int, BlockScores]:
     """Scores of a prompt's whole blocks, by their number in it.
 
@@ -160,12 +164,12 @@ def split_scores(
     for at in range(math.ceil(first / PREFIX_BLOCK_TOKENS), num_tokens // PREFIX_BLOCK_TOKENS):
         start, end = at * PREFIX_BLOCK_TOKENS, (at + 1) * PREFIX_BLOCK_TOKENS
         of_block = logprobs[max(0, start - 1) : end - 1]
-        scores[at] = BlockScores(num_top, of_block, hidden[end - 1 - first].clone())
+        scores[at] = BlockScores(kind, of_block, hidden[end - 1 - first].clone())
     return scores
 
 
-def _has_scores(block: Block, num_top: int) -> bool:
-    return block.scores is not None and block.scores.num_top == num_top
+def _has_scores(block: Block, kind: ScoresKind) -> bool:
+    return block.scores is not None and block.scores.kind == kind
 
 
 def _token_ids_of_block(token_ids: SequenceOf[int], at: int) -> tuple[int, ...]:

@@ -70,6 +70,7 @@ class SamplingParams:
     includes_stop: bool = False  # the text ends after the stop string or token instead
     num_logprobs: int | None = None  # None: none; else of the token and so many likeliest ones
     num_prompt_logprobs: int | None = None  # the same for the prompt's tokens
+    ranks_prompt: bool = False  # whether these have a rank: a third more work
     seed: int | None = None  # any integer, of which 64 bits count; None draws one
     rules: TokenRules | None = None  # of the model, for all its texts
 
@@ -111,6 +112,7 @@ class PositionLogprobs:
     logprob: float
     top: list[tuple[int, float]]  # (token id, logprob), likeliest first
     text_offset: int = 0  # of a generated token: where in the sequence's text it begins
+    rank: int | None = None  # one more than there are likelier tokens, if it was asked for
 
 
 @dataclass(frozen=True, slots=True)

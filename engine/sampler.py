@@ -241,9 +241,10 @@ def _draw_of_likeliest(
 
 
 def collect_logprobs(
-    logits: Tensor, token_ids: SequenceOf[int], num_top: int
+    logits: Tensor, token_ids: SequenceOf[int], num_top: int, ranks: bool = False
 ) -> list[PositionLogprobs]:
     """Of token_ids[i] and the `num_top` likeliest tokens, at each row of logits (B, vocab).
+    ranks: whether with a rank.
 
     Raises InferenceError where the model gives none.
     """
@@ -254,5 +255,7 @@ def collect_logprobs(
             raise InferenceError("no log probabilities: logits are NaN or infinite")
         values, ids = logprobs.topk(num_top)
         top = list(zip(ids.tolist(), values.tolist(), strict=True))
-        collected.append(PositionLogprobs(token_id, logprobs[token_id].item(), top))
+        own = logprobs[token_id]
+        rank = 1 + int(torch.count_nonzero(logprobs > own)) if ranks else None
+        collected.append(PositionLogprobs(token_id, own.item(), top, rank=rank))
     return collected

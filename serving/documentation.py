@@ -24,6 +24,12 @@ ERRORS: Responses = {
     503: {"model": models.Error, "description": "Overloaded or stopping; see Retry-After"},
     504: {"model": models.Error, "description": "The request took too long"},
 }
+# Of what generates nothing: no forbidden prompt, no model that fails.
+TOKEN_ERRORS: Responses = {
+    400: {"model": models.Error, "description": "The model has no chat template"},
+    **{status: ERRORS[status] for status in (404, 413, 415, 422, 503, 504)},
+}
+TOKENIZER_ERRORS: Responses = {status: ERRORS[status] for status in (404, 422)}
 EVENTS: Responses = {
     200: {
         "content": {
@@ -45,7 +51,10 @@ PLAIN_TEXT: Responses = {
 NOT_READY: Responses = {
     503: {"model": models.Readiness, "description": "A request would be refused"}
 }
-NO_CHAT = "No model that is served here has a chat template: every request is answered 400."
+NO_CHAT = (
+    "No model that is served here has a chat template, which CHAT_TEMPLATE can give it: every "
+    "request is answered 400."
+)
 OPENAI_REFUSALS: dict[int | str, str] = {
     400: "Invalid, forbidden (`content_filter`) or too long (`context_length_exceeded`)",
     404: "No such model (`model_not_found`)",

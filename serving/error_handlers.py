@@ -66,16 +66,18 @@ def refuse_fields(http: Request, problems: list[dict[str, Any]]) -> JSONResponse
     def name(part: str | int) -> str | int:
         return part if isinstance(part, int) else part[:100].encode(errors="replace").decode()
 
+    def place(problem: dict[str, Any]) -> list[str | int]:
+        # A validator of a whole object says which field it means.
+        meant = [problem["ctx"]["param"]] if "param" in problem.get("ctx", {}) else []
+        return [name(part) for part in (*problem["loc"], *meant)]
+
     told = [
-        {"loc": [name(part) for part in each["loc"]], "msg": each["msg"], "type": each["type"]}
-        for each in problems[:20]
+        {"loc": place(each), "msg": each["msg"], "type": each["type"]} for each in problems[:20]
     ]
     if not is_openai_path(route_path(http.scope)):
         return error_response(http.scope, 422, told)
     first = problems[0]
     path = [str(part) for part in told[0]["loc"][1:] if first["type"] != "json_invalid"]
-    if "param" in first.get("ctx", {}):  # a validator of a whole object says which field it means
-        path.append(first["ctx"]["param"])
     param = path[0] if path else None
     reason = first["msg"].removeprefix("Value error, ")
     message = f"{'.'.join(path) or 'body'}: {reason}"
@@ -129,7 +131,7 @@ async def refuse_long_prompt(http: Request, error: ContextExceeded) -> JSONRespo
 
 
 async def refuse_chat(http: Request, error: NoChatTemplate) -> JSONResponse:
-    message = f"{error.model_name} has no chat template: use /v1/completions"
+    message = f"{error.model_name} has no chat template: use /v1/completions, or set CHAT_TEMPLATE"
     return error_response(http.scope, 400, message, param="model")
 
 
@@ -198,7 +200,8 @@ async def report_refusal(http: Request, error: HTTPException) -> Response:
     if error.status_code == 400:  # which only FastAPI raises, for a body that it cannot read
         return refuse_fields(http, [value_error("body", msg="not valid JSON")])
     path = route_path(http.scope)
-    if error.status_code in (404, 405) and (reason := reserved(path)):
+    is_a_route = getattr(http.scope.get("route"), "path", None) == path
+    if error.status_code in (404, 405) and not is_a_route and (reason := reserved(path)):
         return error_response(http.scope, 404, reason)
     headers = dict(error.headers or {})
     if error.status_code == 405:

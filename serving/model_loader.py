@@ -1,6 +1,7 @@
 """Makes backends as the settings say."""
 
 import re
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -10,14 +11,19 @@ from urllib.parse import unquote
 
 import httpx
 import torch
+from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
+from huggingface_hub.utils.tqdm import enable_progress_bars
 from pydantic import SecretStr
+from transformers.utils.logging import disable_progress_bar
 
+from backends.base import InvalidField
 from backends.external import ExternalBackend
 from backends.generation_config import AuthorsDefaults, read_generation_config
 from backends.local import LocalBackend
 from backends.reader import Reader
 from backends.upstream import Upstream
 from engine import Engine, available_cores, choose_kernel, native_dtype
+from serving.chat_templates import EVERY_OTHER, read_chat_templates
 from serving.content_filter import ContentFilter
 from serving.logs import add_to_log, request_id
 from serving.metrics import ModelMetrics
@@ -77,7 +83,7 @@ def read_external_keys(settings: Settings) -> dict[str, SecretStr]:
     is no `name=key`, or not of an external model, without repeating it: it may be a key."""
     if settings.external_api_keys is None:
         return {}
-    sources = parse_model_names(settings.model_name) if settings.model_name else {}
+    sources = parse_model_names(settings.model_name).sources if settings.model_name else {}
     keys: dict[str, SecretStr] = {}
     entries = settings.external_api_keys.get_secret_value().split(",")
     for place, entry in enumerate(filter(str.strip, entries), start=1):
@@ -115,6 +121,13 @@ def tell_of_defaults(name: str, defaults: AuthorsDefaults) -> None:
         )
 
 
+def show_only_downloads() -> None:
+    """Gives a download a progress bar where standard error is a terminal, and nothing else one."""
+    disable_progress_bar()
+    if sys.stderr.isatty() and not HF_HUB_DISABLE_PROGRESS_BARS:
+        enable_progress_bars()
+
+
 class ModelLoader:
     """Makes backends as the settings say, and loads their models again.
 
@@ -138,6 +151,7 @@ class ModelLoader:
         self.reader = Reader()
         self.num_threads = choose_num_threads(settings)
         self.external_keys = read_external_keys(settings)
+        self.chat_templates = read_chat_templates(settings)
 
     def load_local(self, name: str, source: str) -> LocalBackend:
         """A model that runs here. Raises what transformers does for one that cannot be loaded."""
@@ -172,9 +186,22 @@ class ModelLoader:
             defaults=defaults,
             log_prompts=self.log_prompts,
         )
+        self._set_chat_template(backend)
         metrics.watch(backend)
         self._tell_of_load(backend, started_seconds)
         return backend
+
+    def _set_chat_template(self, backend: LocalBackend) -> None:
+        """Gives a model the template that the settings have for it. Ends the process for one that
+        does not work."""
+        template = self.chat_templates.get(backend.name)
+        if template is None and not backend.tokenizer.chat_template:
+            template = self.chat_templates.get(EVERY_OTHER)
+        if template is not None:
+            try:
+                backend.set_chat_template(template)
+            except InvalidField as error:
+                refuse_setting("CHAT_TEMPLATE", f"for {backend.name}: {error.reason}")
 
     def reload(self, backend: LocalBackend, source: str) -> None:
         """Brings a model back into memory. Raises as `load_local` does."""

@@ -31,11 +31,22 @@ class UnknownModel(Exception):
 
 
 class ModelRegistry:
-    """The served models by name, the default one first."""
+    """The served models by name, the default one first.
 
-    def __init__(self, backends: dict[str, Backend], swapper: ModelSwapper | None = None):
+    aliases, own_names: further names of these models; own_names are not listed.
+    """
+
+    def __init__(
+        self,
+        backends: dict[str, Backend],
+        swapper: ModelSwapper | None = None,
+        aliases: dict[str, str] | None = None,
+        own_names: dict[str, str] | None = None,
+    ):
         self.backends = backends
         self.swapper = swapper or ModelSwapper()
+        self.aliases = aliases or {}
+        self.own_names = own_names or {}
 
     @property
     def default(self) -> Backend:
@@ -43,7 +54,7 @@ class ModelRegistry:
 
     @property
     def names(self) -> list[str]:
-        return list(self.backends)
+        return [*self.backends, *self.aliases]
 
     @property
     def loaded_names(self) -> list[str]:
@@ -66,6 +77,7 @@ class ModelRegistry:
         """The model of that name, the default one for None. Raises UnknownModel."""
         if not name:
             return self.default
+        name = self.aliases.get(name) or self.own_names.get(name, name)
         if name not in self.backends:
             raise UnknownModel(self.names)
         return self.backends[name]
@@ -99,7 +111,8 @@ def load_models(
     if settings.model_name is None:
         backend = load_default(loader)
         return ModelRegistry({backend.name: backend}, swapper)
-    sources = parse_model_names(settings.model_name)
+    names = parse_model_names(settings.model_name)
+    sources = names.sources
     backends: dict[str, Backend] = {
         name: loader.connect_external(name, source)
         for name, source in sources.items()
@@ -111,7 +124,8 @@ def load_models(
     backends |= {backend.name: backend for backend in local}
     if most < len(local):
         swapper.take_charge(local, most, lambda each: loader.reload(each, sources[each.name]))
-    return ModelRegistry({name: backends[name] for name in sources}, swapper)
+    backends = {name: backends[name] for name in sources}
+    return ModelRegistry(backends, swapper, names.aliases, names.own_names)
 
 
 def load_default(loader: ModelLoader) -> LocalBackend:

@@ -28,9 +28,11 @@ RESERVED = {
     "figures are at GET /metrics": "load prometheus slots stats api/metrics v1/metrics",
     "the API is described at GET /docs": """
         api api-docs apidocs graphql openapi openapi.yaml swagger swagger-ui v1/docs v2 v3""",
+    "tokens are at POST /tokenize and POST /detokenize": """
+        detokenize tokenize v1/detokenize v1/tokenize""",
     "there is no such API here": """
-        apply-template detokenize embedding embeddings lora-adapters rerank responses
-        static-offline-docs tokenize tokenizer_info v1/embeddings v1/responses""",
+        apply-template embedding embeddings lora-adapters rerank responses
+        static-offline-docs v1/embeddings v1/responses""",
 }
 RIGHT_PATHS = {f"/{path}": told for told, paths in RESERVED.items() for path in paths.split()}
 

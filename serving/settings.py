@@ -18,8 +18,9 @@ class Settings(BaseSettings):
 
     model_name: str | None = Field(
         default=None,
-        description="Hugging Face ids or folders, or `name=https://host/v1` for a model on "
-        "another server, comma-separated; the first is the default. "
+        description="Hugging Face ids or folders, `name=` before one for a name of your own, or "
+        "`name=https://host/v1` for a model on another server; comma-separated, the first is the "
+        "default. "
         "Unset: `gpt2` from the local cache or the hub, else the bundled `gpt2-tales`.",
     )
     max_loaded_models: int | None = Field(
@@ -70,6 +71,12 @@ class Settings(BaseSettings):
         default="auto",
         description="`auto` takes what a model's `generation_config.json` asks for; `none` nothing "
         "of it but which tokens end a text.",
+    )
+    chat_template: str | None = Field(
+        default=None,
+        description="How models without a chat template of their own read a conversation: `plain`, "
+        "a file or a text in Jinja. With `name=` before it, of one model, whatever it has; "
+        "comma-separated, unless it is a text.",
     )
     torch_num_threads: int | None = Field(
         default=None, ge=1, description="Unset: the cores that the process may use."

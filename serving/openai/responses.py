@@ -33,7 +33,7 @@ def system_fingerprint(backend: Backend, settings: Settings) -> str:
     return "fp_" + hashlib.sha256(repr(described).encode()).hexdigest()[:10]
 
 
-def in_json(content: dict[str, Any]) -> bytes:
+def in_json(content: Any) -> bytes:
     return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
@@ -61,6 +61,10 @@ class ResponseBuilder(ABC, Generic[Body]):
     @abstractmethod
     def chunk_choices(self, delta: TextDelta, is_first: bool) -> list[dict[str, Any]]:
         """What a delta adds to a streamed choice: of as many chunks, the choices."""
+
+    def about_prompt(self, delta: TextDelta) -> dict[str, Any]:
+        """What the answer itself tells of the prompt, beside its choices; delta: its first."""
+        return {}
 
     def best(self, deltas: list[TextDelta]) -> list[TextDelta]:
         """Those of all choices that the client gets."""
@@ -93,7 +97,14 @@ class ResponseBuilder(ABC, Generic[Body]):
             # Its place among those given, not among those drawn.
             choices.append(in_json({**self.choice(delta), "index": index}))
             await asyncio.sleep(0)
-        head = in_json({**self.head, "usage": self.usage(), "object": self.object_name})
+        head = in_json(
+            {
+                **self.head,
+                "usage": self.usage(),
+                "object": self.object_name,
+                **self.about_prompt(deltas[0]),
+            }
+        )
         body = b'%b,"choices":[%b]}' % (head.removesuffix(b"}"), b",".join(choices))
         return Response(body, media_type="application/json")
 
@@ -105,8 +116,10 @@ class ResponseBuilder(ABC, Generic[Body]):
             async with aclosing(self.generation.deltas()) as deltas:
                 async for delta in deltas:
                     usage = self.usage() if options.continuous_usage_stats else None
+                    about = {} if begun else self.about_prompt(delta)
                     for choice in self.chunk_choices(delta, delta.index not in begun):
-                        yield event({**head, "choices": [choice], "usage": usage})
+                        yield event({**head, "choices": [choice], "usage": usage, **about})
+                        about = {}
                     begun.add(delta.index)
             if options.include_usage:
                 yield event({**head, "choices": [], "usage": self.usage()})
@@ -115,6 +128,23 @@ class ResponseBuilder(ABC, Generic[Body]):
             count_failure(error)
             status = 500 if isinstance(error, InferenceError) else 503
             yield event(openai_error(status, failure_message(error)))
+
+
+def told_tokens(body: models.OpenAIRequest, delta: TextDelta) -> dict[str, Any]:
+    """What a choice gains in tokens, if the client wants to know."""
+    return {"token_ids": delta.token_ids} if body.return_token_ids else {}
+
+
+def told_prompt(body: models.OpenAIRequest, delta: TextDelta) -> dict[str, Any]:
+    """The prompt's tokens as far as the client wants to know them, once for each choice."""
+    if not delta.prompt:
+        return {}
+    told: dict[str, Any] = {}
+    if body.return_token_ids:
+        told["prompt_token_ids"] = delta.prompt.token_ids
+    if body.prompt_logprobs is not None:
+        told["prompt_logprobs"] = delta.prompt.logprobs
+    return told
 
 
 NO_COMPLETION_LOGPROBS: dict[str, Any] = {
@@ -134,6 +164,8 @@ class CompletionBuilder(ResponseBuilder[models.CompletionRequest]):
             "logprobs": (delta.logprobs or NO_COMPLETION_LOGPROBS) if wants_logprobs else None,
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
+            **told_tokens(self.body, delta),
+            **told_prompt(self.body, delta),
         }
 
     def chunk_choices(self, delta: TextDelta, is_first: bool) -> list[dict[str, Any]]:
@@ -159,6 +191,9 @@ class ChatBuilder(ResponseBuilder[models.ChatCompletionRequest]):
     id_prefix, object_name = "chatcmpl", "chat.completion"
     chunk_object_name = "chat.completion.chunk"
 
+    def about_prompt(self, delta: TextDelta) -> dict[str, Any]:
+        return told_prompt(self.body, delta)
+
     def choice(self, delta: TextDelta) -> dict[str, Any]:
         message = {"role": "assistant", "content": delta.text, "refusal": None}
         return {"message": message, **self._besides_text(delta)}
@@ -178,4 +213,5 @@ class ChatBuilder(ResponseBuilder[models.ChatCompletionRequest]):
             "logprobs": logprobs,
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
+            **told_tokens(self.body, delta),
         }

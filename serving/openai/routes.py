@@ -19,6 +19,12 @@ LOADED_AT_SECONDS = int(time.time())
 openai_routes = APIRouter(tags=["openai"], route_class=BoundedRoute)
 
 
+def refuse_in_stream(body: models.OpenAIRequest) -> None:
+    """Raises InvalidField for what no chunk has a place for."""
+    if body.stream and body.prompt_logprobs is not None:
+        raise InvalidField("prompt_logprobs", "cannot be had in a stream")
+
+
 @openai_routes.post(
     "/v1/completions", response_model=models.Completion, responses=OPENAI_ERRORS | COMPLETION_CHUNKS
 )
@@ -33,6 +39,7 @@ async def create_completion(
         raise InvalidField("best_of", "must not be below n")
     if body.num_drawn > body.n and body.stream:
         raise InvalidField("best_of", "must be n in a stream")
+    refuse_in_stream(body)
     backend = service.backend(body.model)
     generation = await admit(http, backend.submit_completion(body, client=client))
     return await CompletionBuilder(body, generation, backend, service.settings).respond(http)
@@ -55,14 +62,16 @@ async def create_chat_completion(
     `top_k`, `min_p`, `repetition_penalty` or the length, that is taken."""
     if body.top_logprobs and not body.logprobs:
         raise InvalidField("top_logprobs", "needs logprobs")
+    refuse_in_stream(body)
     backend = service.backend(body.model)
     generation = await admit(http, backend.submit_chat(body, client=client))
     return await ChatBuilder(body, generation, backend, service.settings).respond(http)
 
 
-def describe_model(backend: Backend) -> dict[str, Any]:
+def describe_model(name: str, backend: Backend) -> dict[str, Any]:
+    """A model under one of its names."""
     return {
-        "id": backend.name,
+        "id": name,
         "object": "model",
         "created": LOADED_AT_SECONDS,
         "owned_by": backend.owned_by,
@@ -74,8 +83,9 @@ def describe_model(backend: Backend) -> dict[str, Any]:
 @openai_routes.get("/v1/models", response_model=models.ModelList)
 async def list_models(service: CurrentService) -> Any:
     """The served models, the default one first."""
-    backends = service.registry.backends.values()
-    return {"object": "list", "data": [describe_model(backend) for backend in backends]}
+    names = service.registry.names
+    described = [describe_model(name, service.backend(name)) for name in names]
+    return {"object": "list", "data": described}
 
 
 @openai_routes.head("/v1/models/{model_id:path}", include_in_schema=False)
@@ -86,4 +96,6 @@ async def list_models(service: CurrentService) -> Any:
 )
 async def retrieve_model(http: Request, model_id: str, service: CurrentService) -> Any:
     """One served model."""
-    return describe_model(service.backend(with_slashes(http.scope, model_id)))
+    name = with_slashes(http.scope, model_id)
+    backend = service.backend(name)
+    return describe_model(name or backend.name, backend)

@@ -46,6 +46,7 @@ from tests.support import (
     events,
     metric,
     read_all,
+    refused_fields,
     serve_in_thread,
     served,
     wait_until,
@@ -386,6 +387,19 @@ def test_native_request_is_reserved_once(upstream: Upstream) -> None:
     with in_front(connected(upstream.service.address), app) as http:
         answer = http.post("/generate", json={"prompt": PROMPT, "max_new_tokens": 60})
     assert (answer.status_code, answer.json()["model_name"]) == (200, NAME)
+
+
+def test_tokens_of_another_server_are_refused(client: httpx.Client) -> None:
+    """Its tokenizer is there, and what it says of tokens is not read."""
+    for response in (
+        client.post("/tokenize", json={"prompt": PROMPT}),
+        client.post("/detokenize", json={"tokens": [1]}),
+        client.get("/tokenizer_info"),
+    ):
+        assert refused_fields(response)[0][-1] == "model"
+    for field, value in (("return_token_ids", True), ("prompt_logprobs", 0)):
+        answer = client.post("/v1/completions", json={"prompt": PROMPT, field: value})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
 
 
 def test_token_ids_are_refused(client: httpx.Client) -> None:

@@ -1,12 +1,14 @@
 """How tokens are written in OpenAI's form, by the tokenizers of several families."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from backends.logprobs import ChoiceLogprobs, TokenSpelling
 from engine import Delta, PositionLogprobs
-from tests.support import byte_fallback_tokenizer, ids, tokenizer
+from serving.content_filter import ContentFilter
+from tests.support import byte_fallback_tokenizer, byte_tokens, ids, token, tokenizer
 
 LLAMA = byte_fallback_tokenizer()
 
@@ -46,6 +48,20 @@ def test_offsets_index_the_prompt_as_it_is_shown(
     """They counted `<s>`, and all behind it were three characters too far."""
     token_ids = written or model(text)["input_ids"]
     assert TokenSpelling(model, None).offsets(text, token_ids) == offsets
+
+
+def test_prompt_tokens_are_told_without_forbidden_alternatives() -> None:
+    king, fox, half = token(" king"), token(" fox"), byte_tokens("🦊")[0]
+    at_fox = PositionLogprobs(fox, -2.0, [(king, -1.0), (half, -1.5), (fox, -2.0)], rank=3)
+    request: Any = SimpleNamespace(prompt_logprobs=[at_fox])
+    told = TokenSpelling(tokenizer, ContentFilter("king")).of_prompt(request)
+    assert told == [
+        None,
+        {
+            str(fox): {"logprob": -2.0, "rank": 3, "decoded_token": " fox"},
+            str(half): {"logprob": -1.5, "rank": 2, "decoded_token": "\ufffd"},
+        },
+    ]
 
 
 def test_completion_offsets_of_a_stop_string_are_the_end_of_the_text() -> None:

@@ -228,11 +228,13 @@ def test_engine_forgets_when_its_model_leaves_memory(engine: Engine) -> None:
 
 
 def test_engine_scores_a_prompt_whose_beginning_it_has_scored(engine: Engine) -> None:
-    """As of the answers to one question; what was not scored, or with fewer likeliest tokens, does
-    not do."""
+    """As of the answers to one question; what was not scored, or in another way, does not
+    do."""
 
-    def score(token_ids: list[int], num_top: int | None) -> tuple[int, Any]:
-        params = SamplingParams(max_new_tokens=1, seed=1, num_prompt_logprobs=num_top)
+    def score(token_ids: list[int], num_top: int | None, ranks: bool = False) -> tuple[int, Any]:
+        params = SamplingParams(
+            max_new_tokens=1, seed=1, num_prompt_logprobs=num_top, ranks_prompt=ranks
+        )
 
         async def ask() -> tuple[int, Any]:
             request = engine.submit(token_ids, params)
@@ -244,8 +246,8 @@ def test_engine_scores_a_prompt_whose_beginning_it_has_scored(engine: Engine) ->
     question, answers = prompt(8), ([3, 4], [5], [9] * 2 * BLOCK)
     missed = [score([*question, *answer], 2)[1] for answer in answers]
     engine.runner.prefixes = PrefixCache(engine.runner.cache, MANY_BYTES)
-    found = [score(question, num_top)[0] for num_top in (None, 2, 1, 2)]
-    assert found == [0, 0, 0, 0]
+    ways = ((None,), (2,), (1,), (2, True), (2,))
+    assert [score(question, *way)[0] for way in ways] == [0] * len(ways)
     for answer, logprobs in zip(answers, missed, strict=True):
         assert score([*question, *answer], 2) == (3 * BLOCK, logprobs)
     assert score([*question, *answers[2]], 2) == (5 * BLOCK, missed[2])

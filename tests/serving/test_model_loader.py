@@ -1,11 +1,14 @@
 """How a model is loaded, as far as the settings say."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+from transformers.utils import logging as transformers_logging
 
 import main
 import models
@@ -13,7 +16,12 @@ from backends.base import Client
 from backends.generation_config import AuthorsDefaults
 from backends.local import LocalBackend
 from engine import available_cores
-from serving.model_loader import ModelLoader, choose_num_threads, choose_precision
+from serving.model_loader import (
+    ModelLoader,
+    choose_num_threads,
+    choose_precision,
+    show_only_downloads,
+)
 from serving.settings import Settings
 from tests.support import FOLDER, PROMPT, fail, one, run
 
@@ -30,6 +38,20 @@ def test_threads_beyond_the_cores_are_taken_with_a_warning(
     assert not caplog.messages
     assert choose_num_threads(Settings(torch_num_threads=cores + 1)) == cores + 1
     assert f"more than the cores that the process may use ({cores})" in caplog.text
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_progress_bar_is_there_for_a_download_on_a_terminal(
+    is_terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was hidden together with that of loading weights, which still is."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal, raising=False)
+    try:
+        show_only_downloads()
+        assert are_progress_bars_disabled() is not is_terminal
+        assert not transformers_logging.is_progress_bar_enabled()
+    finally:
+        disable_progress_bars()
 
 
 @pytest.fixture

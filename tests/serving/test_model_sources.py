@@ -32,7 +32,32 @@ def test_unreachable_hub_is_a_quick_no(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_folder_is_served_under_its_last_component() -> None:
-    assert parse_model_names(f"{ROOT}/gpt2-tales/, other/model") == {
-        "gpt2-tales": f"{ROOT}/gpt2-tales/",
-        "other/model": "other/model",
-    }
+    names = parse_model_names(f"{ROOT}/gpt2-tales/, other/model")
+    assert names == (
+        {"gpt2-tales": f"{ROOT}/gpt2-tales/", "other/model": "other/model"}, {}, {}
+    )  # fmt: skip
+
+
+def test_model_has_the_names_that_it_is_given_and_its_own() -> None:
+    """Several names of one folder are one model, and what it is called is another one."""
+    folder = f"{ROOT}/gpt2-tales"
+    names = parse_model_names(
+        f"story = {folder}, tale={folder}/, one=org/model, a=http://host/v1, b=http://host/v1"
+    )
+    assert names.sources == {
+        "story": folder, "one": "org/model", "a": "http://host/v1", "b": "http://host/v1"
+    }  # fmt: skip
+    assert names.aliases == {"tale": "story"}
+    assert names.own_names == {"gpt2-tales": "story", "org/model": "one"}
+
+
+def test_given_name_goes_before_what_a_folder_is_called() -> None:
+    names = parse_model_names(f"gpt2-tales=org/model,mine={ROOT}/gpt2-tales")
+    assert names.sources == {"gpt2-tales": "org/model", "mine": f"{ROOT}/gpt2-tales"}
+    assert names.own_names == {"org/model": "gpt2-tales"}
+
+
+@pytest.mark.parametrize("written", ["a=one,a=two", "a=one,b=one,b=two", "a=one,a=http://host/v1"])
+def test_name_that_comes_twice_stops_the_start(written: str) -> None:
+    with pytest.raises(SystemExit, match=r"MODEL_NAME: names '[ab]' twice"):
+        parse_model_names(written)

@@ -8,7 +8,8 @@ from urllib.parse import quote
 import pytest
 from fastapi.routing import iter_route_contexts
 
-from tests.support import NAME, ROOT, new_client, refused_fields
+from serving.chat_templates import PLAIN_TEMPLATE
+from tests.support import NAME, PROMPT, ROOT, new_client, refused_fields
 
 client = new_client()
 
@@ -157,6 +158,7 @@ def test_get_routes_have_head_which_generates_nothing(
         ("/generate/text", "GET, HEAD, POST"),
         ("/v1/completions", "POST"),
         ("/v1/models", "GET, HEAD"),
+        ("/tokenize", "POST"),
         ("/static/page.js", "GET, HEAD"),
     ],
 )
@@ -260,6 +262,21 @@ def test_generate_text_is_plain_and_the_same_by_both_methods() -> None:
     assert "One day" + got.text == post(body, "/generate").json()["generated_text"]
 
 
+def test_generate_text_of_a_base_model_continues_whatever_its_template(
+    backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {"prompt": PROMPT, "max_new_tokens": 5, "seed": 1}
+    continued = post(body, "/generate/text").text
+    monkeypatch.setattr(backend.tokenizer, "chat_template", None)
+    for name in ("is_base_model", "turn_ends"):
+        monkeypatch.setattr(backend, name, getattr(backend, name))
+    backend.set_chat_template(PLAIN_TEMPLATE)
+    assert post(body, "/generate/text").text == continued
+    messages = [{"role": "user", "content": PROMPT}]
+    chat = {"messages": messages, "max_tokens": 5, "seed": 1}
+    assert post(chat, "/v1/chat/completions").status_code == 200
+
+
 @pytest.mark.contract
 def test_generate_text_forbidden_prompt_is_400() -> None:
     response = client.get("/generate/text?prompt=I+hate+you")
@@ -315,7 +332,7 @@ def test_path_of_a_file_never_reaches_the_model(
         ("GET", "/version", "/openapi.json"),
         ("GET", "/info", "/openapi.json"),
         ("GET", "/props", "/v1/models"),
-        ("GET", "/tokenizer_info", "no such API"),
+        ("GET", "/tokenize", "POST /tokenize"),
         ("GET", "/health/", "/health"),
         ("GET", "/health/ready", "/ready"),
         ("POST", "/completions", "/v1/completions"),

@@ -27,6 +27,7 @@ import main
 from backends.local import LocalBackend
 from backends.reader import Reader
 from engine import Engine
+from serving.chat_templates import PLAIN_TEMPLATE
 from serving.content_filter import ContentFilter
 from tests.support import (
     FOLDER,
@@ -485,6 +486,8 @@ INVALID: list[tuple[dict[str, Any], str | None]] = [
     ({"n": 2, "best_of": 1}, "best_of"),
     ({"best_of": 2, "stream": True}, "best_of"),
     ({"logprobs": 21}, "logprobs"),
+    ({"prompt_logprobs": -1}, "prompt_logprobs"),
+    ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
     ({"stop": ["a"] * 17}, "stop"),
     ({"stop": ""}, "stop"),
     ({"stop_token_ids": [8192]}, "stop_token_ids"),
@@ -753,6 +756,39 @@ def test_chat_stream_says_what_the_whole_answer_says(client: OpenAI) -> None:
     assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
 
 
+@pytest.mark.parametrize("streams", [False, True])
+def test_chat_of_a_base_model_is_one_turn_of_a_play(
+    client: OpenAI,
+    backends: dict[str, LocalBackend],
+    streams: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend = backends[NAME]
+    for name in ("is_base_model", "turn_ends"):
+        monkeypatch.setattr(backend, name, getattr(backend, name))
+    monkeypatch.setattr(backend.tokenizer, "chat_template", None)
+    backend.set_chat_template(PLAIN_TEMPLATE)
+    head = backend.engine.model.lm_head
+    forward, said = head.forward, iter(ids("\n Yes, said the fox.\nUser: And then?"))
+
+    def say(hidden: Any) -> Any:
+        logits = forward(hidden)
+        logits[..., next(said)] = 1e4
+        return logits
+
+    monkeypatch.setattr(head, "forward", say)
+    answer = chat(client, "Is it so?", model=NAME, max_tokens=20, stream=streams)
+    if streams:
+        *_, last = choices = [choice for chunk in answer for choice in chunk.choices]
+        content = "".join(choice.delta.content for choice in choices)
+    else:
+        (last,) = answer.choices
+        content = last.message.content
+        assert answer.usage.prompt_tokens == len(ids("User: Is it so?\nAssistant:"))
+    assert content == "Yes, said the fox."
+    assert (last.finish_reason, last.stop_reason) == ("stop", "\nUser:")
+
+
 def test_chat_takes_its_own_answer_back(client: OpenAI) -> None:
     """The client sends an answer back with the null fields that it came with."""
     first = {"role": "user", "content": "Hello"}
@@ -838,6 +874,20 @@ def test_models_are_listed_and_retrieved(client: OpenAI) -> None:
         assert math.isclose(model.created, time.time(), abs_tol=1e5)
 
 
+def test_models_have_further_names(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those given in MODEL_NAME are listed; what a folder is called is only understood."""
+    monkeypatch.setattr(main.registry, "aliases", {"story": NAME})
+    monkeypatch.setattr(main.registry, "own_names", {"folder": "org/chat"})
+    listed = httpx.get(f"{address}/v1/models").json()["data"]
+    assert [each["id"] for each in listed] == [NAME, "org/chat", "story"]
+    for name in ("story", "folder"):
+        assert httpx.get(f"{address}/v1/models/{name}").json()["id"] == name
+        body = {"model": name, "prompt": PROMPT, "max_tokens": 1}
+        answer = httpx.post(f"{address}/v1/completions", json=body)
+        assert answer.status_code == 200
+        assert answer.json()["model"] == {"story": NAME, "folder": "org/chat"}[name]
+
+
 def test_models_with_a_slash_in_the_path(address: str) -> None:
     for path in ("org/chat", "org%2Fchat"):
         answer = httpx.get(f"{address}/v1/models/{path}")
@@ -890,14 +940,15 @@ TALES = [
 def test_lm_eval_measures_what_the_model_itself_gives(
     address: str, reference: Any, tmp_path: Path
 ) -> None:
-    """lm-eval's `local-completions` scores token ids with `echo`; nothing is mocked."""
+    """lm-eval's `local-completions` has texts tokenized here and scores the ids with `echo`;
+    nothing is mocked."""
     file = tmp_path / "tales.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TALES))
     for name, task in (("tales", ROLLING_TASK), ("endings", CHOICE_TASK)):
         (tmp_path / f"{name}.yaml").write_text(task.replace("FILE", str(file)))
     model_args = (
-        f"model={NAME},base_url={address}/v1/completions,tokenizer={FOLDER},"
-        "tokenizer_backend=huggingface,max_length=512,num_concurrent=2"
+        f"model={NAME},base_url={address}/v1/completions,tokenizer_backend=remote,"
+        "max_length=512,num_concurrent=2"
     )
     command = [
         sys.executable, "-m", "lm_eval", "run", "--model", "local-completions",
@@ -918,6 +969,74 @@ def test_lm_eval_measures_what_the_model_itself_gives(
     bits_per_byte = nats / math.log(2) / sum(len(text.encode()) for text in TALES)
     assert results["tales"]["bits_per_byte,none"] == pytest.approx(bits_per_byte, abs=1e-3)
     assert results["endings"]["acc,none"] == 1.0
+
+
+# --- Tokens -------------------------------------------------------------------------------------
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("streams", [False, True])
+def test_completion_tells_token_ids(client: OpenAI, streams: bool) -> None:
+    params = {"prompt": [PROMPT, "A fox"], "n": 2, "extra_body": {"return_token_ids": True}}
+    answer = complete(client, **params, stream=streams)
+    texts, token_ids, prompts = ["", "", "", ""], [[], [], [], []], [[], [], [], []]
+    for choice in [c for chunk in answer for c in chunk.choices] if streams else answer.choices:
+        texts[choice.index] += choice.text
+        token_ids[choice.index] += choice.token_ids
+        prompts[choice.index] += getattr(choice, "prompt_token_ids", [])
+    assert [tokenizer.decode(each) for each in token_ids] == texts
+    assert prompts == [ids(PROMPT), ids(PROMPT), ids("A fox"), ids("A fox")]
+
+
+@pytest.mark.contract
+def test_completion_token_ids_are_those_that_usage_counts(client: OpenAI) -> None:
+    """Those of a stop string, which the text leaves out, are among them."""
+    extra = {"return_token_ids": True}
+    answer = complete(client, max_tokens=30, stop=["e"], extra_body=extra)
+    assert len(answer.choices[0].token_ids) == answer.usage.completion_tokens
+    assert "e" in tokenizer.decode(answer.choices[0].token_ids)
+
+
+def test_completion_prompt_logprobs_are_the_models_own(client: OpenAI, reference: Any) -> None:
+    extra = {"prompt_logprobs": 2}
+    answer = complete(client, max_tokens=0, extra_body=extra)
+    first, *rest = answer.choices[0].prompt_logprobs
+    assert (first, answer.choices[0].text) == (None, "")
+    with torch.inference_mode():
+        logprobs = reference(torch.tensor([ids(PROMPT)])).logits[0].log_softmax(-1)
+    assert len(rest) == len(ids(PROMPT)) - 1
+    for row, token_id, told in zip(logprobs, ids(PROMPT)[1:], rest, strict=False):
+        own = told[str(token_id)]
+        assert own["logprob"] == pytest.approx(row[token_id].item(), abs=1e-3)
+        assert own["rank"] == 1 + (row > row[token_id]).sum().item()
+        assert own["decoded_token"] == tokenizer.decode([token_id])
+        ranks = {each["rank"]: int(id_) for id_, each in told.items()}
+        assert [ranks[1], ranks[2]] == row.topk(2).indices.tolist()
+        assert set(told) == {str(id_) for id_ in (token_id, ranks[1], ranks[2])}
+
+
+def test_completion_echo_and_prompt_logprobs_each_have_their_number(client: OpenAI) -> None:
+    extra = {"prompt_logprobs": 5}
+    choice = complete(client, max_tokens=1, echo=True, logprobs=1, extra_body=extra).choices[0]
+    assert {len(top) for top in choice.logprobs.top_logprobs[1:]} <= {1, 2}
+    assert {len(top) for top in choice.prompt_logprobs[1:]} <= {5, 6}
+    plain = complete(client, max_tokens=1, echo=True, logprobs=1).choices[0]
+    assert choice.logprobs == plain.logprobs
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_chat_tells_token_ids_of_the_prompt_once(client: OpenAI, streams: bool) -> None:
+    extra = {"return_token_ids": True} | ({} if streams else {"prompt_logprobs": 0})
+    answer = chat(client, "Hi", n=2, extra_body=extra, stream=streams)
+    chunks = list(answer) if streams else [answer]
+    told = [chunk.prompt_token_ids for chunk in chunks if hasattr(chunk, "prompt_token_ids")]
+    assert told == [ids("[user]Hi\n[assistant]")]
+    counts = [0, 0]
+    for choice in (choice for chunk in chunks for choice in chunk.choices):
+        counts[choice.index] += len(getattr(choice, "token_ids", []))
+    assert counts == [12, 12]
+    if not streams:
+        assert [len(top or {}) for top in answer.prompt_logprobs] == [0] + [1] * (len(told[0]) - 1)
 
 
 @pytest.mark.parametrize("more", [{}, {"echo": True}])
