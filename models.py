@@ -100,6 +100,11 @@ ManyStopStrings = Annotated[
 ]
 
 
+CacheSalt = Annotated[
+    str, StringConstraints(min_length=1, max_length=256), AfterValidator(_plain_text)
+]
+
+
 class _LeftOut:
     """Keeps null out of the document, where it would make two types of a field."""
 
@@ -595,6 +600,11 @@ class OpenAIRequest(ModelChoice, Structured, SamplingFields):
     response_format: Left[ResponseFormat] = Field(
         default=None, description="JSON, of any kind or by a schema, or any text."
     )
+    cache_salt: Left[CacheSalt] = Field(
+        default=None,
+        description="Only prompts with the same one share keys and values, so that nobody else can "
+        "tell by the time it takes how this one begins. Choose one that cannot be guessed.",
+    )
 
     @property
     def structure(self) -> tuple[str, StructuredOutputs] | None:
@@ -826,10 +836,20 @@ class TokenizerConfig(BaseModel):
 # --- OpenAI responses ---------------------------------------------------------------------------
 
 
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int = Field(
+        description="That were not computed, as a prompt before began in the same way.",
+        examples=[0],
+    )
+
+
 class Usage(BaseModel):
     prompt_tokens: int = Field(examples=[4])
     completion_tokens: int = Field(examples=[40])
     total_tokens: int = Field(examples=[44])
+    prompt_tokens_details: PromptTokensDetails | None = Field(
+        description="Null where another server does not tell it."
+    )
 
 
 class CompletionLogprobs(BaseModel):

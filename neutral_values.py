@@ -26,7 +26,7 @@ NEUTRAL_VALUES: dict[str, Any] = {
     "functions": [[]], "function_call": ["none", "auto"],
     "modalities": [["text"]], "audio": [], "prediction": [], "web_search_options": [],
     # vLLM
-    **dict.fromkeys(["request_id", "cache_salt", "include_reasoning", "guided_decoding_backend"],
+    **dict.fromkeys(["request_id", "include_reasoning", "guided_decoding_backend"],
                     ANYTHING),
     "use_beam_search": [False], "length_penalty": ANYTHING, "early_stopping": [False],
     "priority": [0], "bad_words": [[]], "allowed_token_ids": [], "truncate_prompt_tokens": [],

@@ -134,10 +134,13 @@ class Client:
     reserve: awaited once, before the request is queued, with the tokens of its prompts (an
     estimate, where another server counts them), and those that may be generated at most; raises
     what refuses them.
+    key_name: whose prompts alone share keys and values with those of this one; "" where no key is
+    needed, and all do.
     """
 
     identity: str
     reserve: Callable[[int, int], Awaitable[None]] = reserve_nothing
+    key_name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +195,11 @@ class Generation(ABC):
     @abstractmethod
     def num_prompt_tokens(self) -> int:
         """Of all prompts; 0 while it is not known."""
+
+    @property
+    @abstractmethod
+    def num_cached_tokens(self) -> int | None:
+        """Of all prompts, how many need not be computed; None while, or where it is not known."""
 
     @property
     @abstractmethod

@@ -134,9 +134,16 @@ class UpstreamChoice(BaseModel):
         return self.text + self.delta.content + self.message.content
 
 
+class UpstreamPromptDetails(BaseModel):
+    cached_tokens: int = Field(ge=0, lt=1 << 31)
+
+
 class UpstreamUsage(BaseModel):
     prompt_tokens: int = Field(ge=0, lt=1 << 31)
     completion_tokens: int = Field(default=0, ge=0, lt=1 << 31)
+    prompt_tokens_details: Annotated[UpstreamPromptDetails | None, WrapValidator(_or_nothing)] = (
+        None
+    )
 
 
 class UpstreamChunk(BaseModel):

@@ -104,6 +104,12 @@ class ExternalGeneration(Generation):
         return sum(usage.prompt_tokens for usage in self.usages.values())
 
     @property
+    def num_cached_tokens(self) -> int | None:
+        told = [usage.prompt_tokens_details for usage in self.usages.values()]
+        known = [details.cached_tokens for details in told if details]
+        return sum(known) if known and len(known) == len(told) else None
+
+    @property
     def num_generated_tokens(self) -> int:
         if not self.usages:
             return self.num_chunks

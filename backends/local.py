@@ -215,7 +215,10 @@ class LocalBackend(Backend):
             )
             sampling = await self._constrained(sampling, asked, client, self._deadline(place))
             await client.reserve(num_prompt_tokens, num_sequences * sampling.max_new_tokens)
-            requests = self.engine.submit_all([read], sampling, place=place, streams=streams)
+            salt = (client.key_name, "")
+            requests = self.engine.submit_all(
+                [read], sampling, place=place, streams=streams, cache_salt=salt
+            )
         return LocalGeneration(self, requests, self._deadline(place))
 
     async def submit_completion(
@@ -238,7 +241,10 @@ class LocalBackend(Backend):
             num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
             rooms = (self._num_new_tokens(prompt, body.most_tokens) for prompt in prompts)
             await client.reserve(num_prompt_tokens, body.num_drawn * sum(rooms))
-            requests = self.engine.submit_all(prompts, sampling, place=place, streams=body.stream)
+            salt = (client.key_name, body.cache_salt or "")
+            requests = self.engine.submit_all(
+                prompts, sampling, place=place, streams=body.stream, cache_salt=salt
+            )
         return LocalGeneration(
             self,
             requests,
@@ -269,7 +275,10 @@ class LocalBackend(Backend):
             sampling = await self._constrained(sampling, body.structure, client, deadline)
             num_new_tokens = self._num_new_tokens(prompt, most_tokens)
             await client.reserve(num_prompt_tokens, body.n * num_new_tokens)
-            requests = self.engine.submit_all([prompt], sampling, place=place, streams=body.stream)
+            salt = (client.key_name, body.cache_salt or "")
+            requests = self.engine.submit_all(
+                [prompt], sampling, place=place, streams=body.stream, cache_salt=salt
+            )
         return LocalGeneration(
             self,
             requests,
@@ -565,6 +574,10 @@ class LocalGeneration(Generation):
     @property
     def num_prompt_tokens(self) -> int:
         return sum(request.num_prompt_tokens for request in self.requests)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        return sum(request.num_cached_tokens for request in self.requests)
 
     @property
     def num_generated_tokens(self) -> int:

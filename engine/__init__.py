@@ -8,7 +8,7 @@ All engines of a process compute in one thread, a step of each in turn.
     event loop                             the computing thread
     Engine.place(client, …)            --> Scheduler.num_queued (bounded; full = refused at once)
     Engine.submit_all(prompts, …)      --> Scheduler.waiting
-                                           Engine.step: schedule    (scheduler.py)
+                                            Engine.step: schedule    (scheduler.py, prefix_cache.py)
                                                         draft       (drafts.py)
                                                         masks       (masks.py, beside the next)
                                                         forward     (model_runner.py, attention.py)
@@ -31,7 +31,8 @@ Life of a sequence: WAITING -> RUNNING -> FINISHED with a finish reason (`stop`,
 `content_filter`), or with an error, or with none when its client has gone.
 
 One prompt or generated token is one row of the forward pass, whichever sequence it
-belongs to: rows of short prompts ride along with the running sequences' next tokens.
+belongs to: rows of short prompts ride along with the running sequences' next tokens. A prompt
+that begins as a recent one did takes that one's keys and values, and has rows for the rest alone.
 While few sequences run, guesses at what comes next ride along too. Each that turns out to be what
 the sampler draws saves a step (drafts.py), and no text depends on them.
 Seeds mean the same text in any company because a row's numbers do not depend on the

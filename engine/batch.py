@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class ForwardBatch:
-    """The rows of one forward pass: those of running sequences first, then whole prompts.
+    """The rows of one forward pass: those of running sequences first, then prompts.
 
     Row i of the pass is a token: `token_ids[i]` at position `positions[i]` of the
     sequence in cache row `cache_rows[i]`.
@@ -27,8 +27,9 @@ class ForwardBatch:
         self.positions += positions
         self.cache_rows += cache_rows
 
-    def add_prompt(self, token_ids: SequenceOf[int], cache_row: int) -> None:
+    def add_prompt(self, token_ids: SequenceOf[int], cache_row: int, start: int = 0) -> None:
+        """start: the first one's position, up to which the cache row has the prompt already."""
         self.prompts.append((len(self.token_ids), len(token_ids)))
         self.token_ids += token_ids
-        self.positions += range(len(token_ids))
+        self.positions += range(start, start + len(token_ids))
         self.cache_rows += [cache_row] * len(token_ids)

@@ -17,6 +17,9 @@ from engine.batch import ForwardBatch
 KEY_BLOCK_TOKENS = 64  # a row has room for so many tokens, or for twice as many, or …
 # Kernels that sum more keys than this do it in an order that depends on the capacity.
 SUMMED_KEYS = 128
+# Of a prompt whose attention is computed in one order, whatever of it is found computed: a pass has
+# so many of its tokens together, and so many, or a multiple of that, may have been found.
+PREFIX_BLOCK_TOKENS = 32
 # Of a prompt whose attention is computed step by step: its weights take heads * keys * so much.
 PIECE_TOKENS = 128
 
@@ -34,10 +37,18 @@ class KVCache:
     capacity in tokens follows the longest running sequence, so that `attend` reads tensors
     without holes. The memory for max_model_len is reserved, and used as far as it is needed:
     keys from its beginning on, values from its middle on. All layers have the size of the largest.
+    attends_in_blocks: whether a prompt is attended over in blocks of PREFIX_BLOCK_TOKENS, so that
+    it may begin with what its row holds.
     Raises ValueError for a model whose layers differ in their number of heads.
     """
 
-    def __init__(self, model: PreTrainedModel, num_rows: int, max_model_len: int):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        num_rows: int,
+        max_model_len: int,
+        attends_in_blocks: bool = False,
+    ):
         config = model.config.get_text_config()
         heads, self.num_kv_heads, head_dim = _head_sizes(config)
         self.group_size = heads // self.num_kv_heads
@@ -46,15 +57,18 @@ class KVCache:
         self.position_bias: PositionBias | None = None
         # A sequence that becomes longer than this has other keys from its beginning on.
         self.rope_switch_tokens: int | None = None
+        self.attends_in_blocks = attends_in_blocks
         self.padding_row = num_rows
         self.max_model_len = max_model_len
         self.capacity = 0
         size = 2 * math.prod(self.shape) * max_model_len
         layers = range(config.num_hidden_layers)
-        reserved = [_reserved_zeros(size, model.dtype, model.device) for _ in layers]
+        reserved = [reserved_zeros(size, model.dtype, model.device) for _ in layers]
         self.vectors = [each.view(-1, head_dim) for each in reserved]
         self.layers = reserved  # `resize` gives them their shape
         self.resize(1, 0)
+        if attends_in_blocks:
+            self.block_mask = _block_mask(max_model_len, model.dtype, model.device)
 
     def resize(self, num_tokens: int, num_rows: int) -> None:
         """Makes room for sequences of `num_tokens`, keeping the first `num_rows` rows."""
@@ -89,6 +103,9 @@ class KVCache:
             (slice(end - len(run), end), slice(run.start * kv_heads, run.stop * kv_heads))
             for run, end in zip(batch.decode_runs, ends, strict=True)
         ]
+        self.prompt_places = [
+            (batch.cache_rows[first], batch.positions[first]) for first, _ in self.prompts
+        ]
         self.positions = torch.tensor(batch.positions, device=device)
         # (rows, 2, kv_heads): which of a layer's `vectors` a row's keys and values become.
         heads = torch.tensor(batch.cache_rows, device=device)[:, None] * kv_heads
@@ -101,7 +118,7 @@ class KVCache:
         """(rows,) tokens of each row's sequence, in this pass."""
         lengths = self.positions + 1
         for first, length in self.prompts:
-            lengths[first : first + length] = length
+            lengths[first : first + length] = self.positions[first] + length
         return lengths
 
     def attend(
@@ -127,10 +144,13 @@ class KVCache:
         for (rows, heads), mask in zip(self.decode_runs, self._decode_masks(visible), strict=True):
             decode = query[rows]
             parts.append(self._attend_decode(layer, heads, decode, scale, mask, softcap, sinks))
-        for first, length in self.prompts:
+        for at, (first, length) in enumerate(self.prompts):
             prompt = query[first : first + length], keys_values[first : first + length]
             if is_plain and visible is None and self.position_bias is None:
-                parts.append(self._attend_prompt(*prompt, scale))
+                if self.attends_in_blocks:
+                    parts += self._attend_blocks(layer, prompt[0], *self.prompt_places[at], scale)
+                else:
+                    parts.append(self._attend_prompt(*prompt, scale))
             else:
                 parts.append(self._attend_in_pieces(*prompt, scale, visible, softcap, sinks))
         return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
@@ -203,6 +223,35 @@ class KVCache:
         )
         return attended[0].transpose(0, 1)
 
+    def _attend_blocks(
+        self, layer: int, query: Tensor, row: int, start: int, scale: float
+    ) -> list[Tensor]:
+        """A prompt from position `start` on, a multiple of PREFIX_BLOCK_TOKENS, over all that its
+        cache row holds of it: for each block of queries (rows, heads, head_dim).
+
+        The fused kernel sums in an order that depends on the numbers of queries and of keys. A
+        block's are always the same, so its bits do not tell where a pass began.
+        """
+        keys, values = self.layers[layer][:, row, None]
+        attended = []
+        for block in query.split(PREFIX_BLOCK_TOKENS):
+            end = start + len(block)
+            is_first = start == 0
+            mask = None if is_first else self.block_mask[-len(block) :, -end:]
+            attended.append(
+                F.scaled_dot_product_attention(
+                    block.transpose(0, 1)[None].contiguous(),
+                    keys[:, :, :end],
+                    values[:, :, :end],
+                    attn_mask=mask,
+                    is_causal=is_first,
+                    scale=scale,
+                    enable_gqa=self.group_size > 1,
+                )
+            )
+            start = end
+        return [block[0].transpose(0, 1) for block in attended]
+
     def _attend_in_pieces(
         self,
         query: Tensor,
@@ -240,6 +289,16 @@ class KVCache:
         """Gives `target` the first `num_tokens` positions of `source`."""
         for layer in self.layers:
             layer[:, target, :, :num_tokens] = layer[:, source, :, :num_tokens]
+
+
+def _block_mask(max_model_len: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(PREFIX_BLOCK_TOKENS, max_model_len) to be added to weights: its last rows and columns are
+    what the last queries of a text see of its last tokens, none of those that come after them."""
+    is_hidden = torch.ones(PREFIX_BLOCK_TOKENS, max_model_len, dtype=torch.bool, device=device)
+    is_hidden = is_hidden.triu(max_model_len - PREFIX_BLOCK_TOKENS + 1)
+    return torch.zeros(is_hidden.shape, dtype=dtype, device=device).masked_fill_(
+        is_hidden, -math.inf
+    )
 
 
 def _weights(
@@ -293,7 +352,7 @@ def _num_kv_heads(config: PretrainedConfig) -> int:
     return getattr(config, "num_key_value_heads", None) or heads
 
 
-def _reserved_zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def reserved_zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(size,) zeros that, on a CPU, take no memory before they are written."""
     if device.type != "cpu":
         return torch.zeros(size, dtype=dtype, device=device)

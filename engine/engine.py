@@ -23,8 +23,10 @@ from engine.masks import begin_masks
 from engine.model_check import checked_runner
 from engine.model_runner import ModelRunner
 from engine.output import OutputProcessor
+from engine.prefix_cache import PrefixCache
 from engine.quality import QualityTrial
 from engine.request import (
+    CacheSalt,
     ConstraintFailed,
     Delta,
     EngineRequest,
@@ -66,6 +68,8 @@ class Engine:
 
     quantization: None, "int8", or "auto": int8 where `engine.quality` finds that it keeps quality.
     dtype: what the model computes in where it is not quantized; None is what it was loaded in.
+    prefix_cache_bytes: memory for the beginnings of prompts, so that others that begin in the same
+        way take their keys and values; used where that changes no bit of a text.
     Raises ValueError for a model of which it would make another text than the model does by
     itself (`engine.model_check`), for one whose attention cannot be replaced, and as
     `choose_kernel`.
@@ -82,6 +86,7 @@ class Engine:
         speculative_tokens: int = 15,
         quantization: str | None = None,
         dtype: torch.dtype | None = None,
+        prefix_cache_bytes: int = 0,
         num_threads: int | None = None,
         text_filter: TextFilter | None = None,
         on_step: Callable[[StepStats], None] | None = None,
@@ -94,6 +99,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.dtype = dtype or model.dtype
         self.kernel = choose_kernel(self.dtype, model.device.type, quantization)
+        self.prefix_cache_bytes = prefix_cache_bytes
         self.on_step = on_step
         self.on_model_needed = on_model_needed
         self.eos_token_ids = _eos_token_ids(model, tokenizer, self.vocab_size)
@@ -153,6 +159,7 @@ class Engine:
         else:
             runner = new_runner(kernel=self.kernel)
         runner.min_rows, runner.max_rows = self._row_range
+        runner.prefixes = self._new_prefix_cache(runner)
         with self._lock:
             self._unload_before_id = math.inf
             self._runner = runner
@@ -172,6 +179,21 @@ class Engine:
             )
         arguments = (model, self.kernel, self.max_model_len, new_runner, new_served_runner)
         return checked_runner(*arguments)
+
+    def _new_prefix_cache(self, runner: ModelRunner) -> PrefixCache | None:
+        """None where it is switched off, or cannot be used: a line in the log says why."""
+        if not self.prefix_cache_bytes:
+            return None
+        if not runner.is_exact:
+            reason = "a token's bits depend on how many others are computed with it"
+        else:
+            try:
+                return PrefixCache(runner.cache, self.prefix_cache_bytes)
+            except ValueError as error:
+                reason = str(error)
+        name = type(runner.model).__name__
+        logger.info("%s, %s: prefixes are not cached: %s", name, runner.kernel.name, reason)
+        return None
 
     def _compute(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """What a function gives in the computing thread."""
@@ -260,7 +282,13 @@ class Engine:
         return request
 
     def submit_all(
-        self, prompts: list[Prompt], params: SamplingParams, *, place: Place, streams: bool = False
+        self,
+        prompts: list[Prompt],
+        params: SamplingParams,
+        *,
+        place: Place,
+        streams: bool = False,
+        cache_salt: CacheSalt = (),
     ) -> list[EngineRequest]:
         """A request for each prompt, all queued, to be given to one `stream`.
 
@@ -278,6 +306,7 @@ class Engine:
                 streams,
                 asyncio.get_running_loop(),
                 client=place.client,
+                cache_salt=cache_salt,
                 arrived_seconds=place.arrived_seconds,
                 num_sequences=num_sequences,
                 first_index=i * num_sequences,
@@ -393,12 +422,16 @@ class Engine:
         to the filter."""
         started_seconds = time.monotonic()
         with self._lock:
-            admitted = self.scheduler.schedule(self._unload_before_id)
+            admitted = self.scheduler.schedule(
+                self._unload_before_id, self.runner.num_cached_tokens
+            )
         running = list(self.scheduler.running)
         # None beside prompts: those who are new would wait longer for their first token.
         until_renewal = self.runner.num_tokens_until_renewal
         drafts = [] if admitted else self.drafter.draft(running, until_renewal)
         stats = _begin_stats(admitted, len(running) - len(admitted), drafts)
+        if self.runner.prefixes:
+            stats.num_queried_tokens = stats.num_prompt_tokens + stats.num_cached_tokens
         masks = begin_masks(running)
         logits = self.runner.forward(running, len(admitted), drafts)
         logits, *drafted = logits.split([len(running), *map(len, drafts)])
@@ -582,18 +615,22 @@ def _has_gained(seq: Sequence, num_before: int, token_ids: list[int]) -> bool:
 
 def _begin_stats(admitted: list[Sequence], num_decode: int, drafts: list[list[int]]) -> StepStats:
     """What a step is about to do; the admitted requests leave the queue now."""
-    prompts = {seq.request.id: seq.request for seq in admitted}.values()
+    prompts = {seq.request.id: seq for seq in admitted}.values()
     queue_seconds = []
-    for request in prompts:
+    for seq in prompts:
+        request = seq.request
         if request.queue_seconds is None:  # else its first sequences came in a step before
             request.queue_seconds = time.monotonic() - request.arrived_seconds
+            request.num_cached_tokens = seq.num_cached_tokens
             queue_seconds.append(request.queue_seconds)
-    num_prompt_tokens = sum(len(request.prompt_token_ids) for request in prompts)
+    num_cached_tokens = sum(seq.num_cached_tokens for seq in prompts)
+    num_prompt_tokens = sum(seq.request.num_prompt_tokens for seq in prompts) - num_cached_tokens
     num_draft_tokens = sum(map(len, drafts))
     return StepStats(
         num_rows=num_decode + num_prompt_tokens + num_draft_tokens,
         num_prompt_tokens=num_prompt_tokens,
         queue_seconds=queue_seconds,
+        num_cached_tokens=num_cached_tokens,
         num_drafts=sum(map(bool, drafts)),
         num_draft_tokens=num_draft_tokens,
     )

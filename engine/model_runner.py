@@ -17,10 +17,11 @@ from engine.attention import supply_attention
 from engine.batch import ForwardBatch
 from engine.cache import KVCache
 from engine.kernels import Kernel
+from engine.prefix_cache import BlockScores, PrefixCache, ScoresKind, split_scores
 from engine.processor import instruction_set
-from engine.request import EngineRequest, InferenceError, Sequence
+from engine.request import EngineRequest, InferenceError, PositionLogprobs, Sequence
 from engine.sampler import NO_LOGPROBS, collect_logprobs
-from engine.scheduler import SHORT_PROMPT_TOKENS
+from engine.scheduler import SHORT_PROMPT_TOKENS, is_long
 from engine.weights import prepare_weights
 
 logger = logging.getLogger("engine")
@@ -35,8 +36,13 @@ class StepPlan:
     batches: list[ForwardBatch] = field(default_factory=list)
     logit_row_of: list[int] = field(default_factory=list)  # for each running row
     copies: list[tuple[int, int, int]] = field(default_factory=list)  # cache row, to, num_tokens
-    # Requests whose prompt's tokens get log probabilities, and where it begins in which pass.
-    scored: list[tuple[EngineRequest, ForwardBatch, int]] = field(default_factory=list)
+    # Each prompt, its cache row, and how many of its tokens are not computed.
+    prompts: list[tuple[EngineRequest, int, int]] = field(default_factory=list)
+    # Requests whose prompt's tokens get log probabilities, in which pass its rows begin where, and
+    # with which token.
+    scored: list[tuple[EngineRequest, ForwardBatch, int, int]] = field(default_factory=list)
+    # What comes of these, for the prefix cache: by the request's id, and the block's number.
+    scores: dict[int, dict[int, BlockScores]] = field(default_factory=dict)
 
     @property
     def num_logit_rows(self) -> int:
@@ -69,7 +75,8 @@ class ModelRunner:
             and all(isinstance(block.mlp.act, RowwiseActivation) for block in model.transformer.h)
         )
         self.max_num_seqs = max_num_seqs
-        self.cache = KVCache(model, max_num_seqs, max_model_len)
+        self.cache = KVCache(model, max_num_seqs, max_model_len, attends_in_blocks=self.is_exact)
+        self.prefixes: PrefixCache | None = None
         supply_attention(model, self.cache)
         # The fewest and most rows of a pass, until they are measured.
         self.min_rows, self.max_rows = 1, max_num_seqs + SHORT_PROMPT_TOKENS
@@ -81,6 +88,14 @@ class ModelRunner:
         """How the model is computed: for the log."""
         pages = "2 MiB pages" if self.uses_huge_pages else "ordinary pages"
         return f"{self.model.dtype}, {self.kernel.name}, {instruction_set()}, {pages}"
+
+    def num_cached_tokens(self, request: EngineRequest) -> int:
+        """How many of a prompt's tokens need not be computed."""
+        if not self.prefixes:
+            return 0
+        kind = _scores_kind(request) if _is_scored(request) else None
+        prompt = request.prompt_token_ids
+        return self.prefixes.num_cached_tokens(prompt, request.cache_salt, kind)
 
     def forward(
         self, running: list[Sequence], num_admitted: int, drafts: SequenceOf[list[int]] = ()
@@ -102,11 +117,18 @@ class ModelRunner:
         if drafts:
             _plan_drafts(plan.batches[0], running, drafts)
         self._plan_prompts(plan, running[num_decode:])
+        for request, row, start in plan.prompts:
+            if start and self.prefixes:
+                self.prefixes.load(request.prompt_token_ids, request.cache_salt, start, row)
         parts = []
         for batch in plan.batches:
-            scored = [(request, first) for request, of, first in plan.scored if of is batch]
-            parts.append(self._run_and_score(batch, scored) if scored else self.run(batch))
+            is_scored = any(of is batch for _, of, _, _ in plan.scored)
+            parts.append(self._run_and_score(plan, batch) if is_scored else self.run(batch))
         logits = torch.cat(parts) if len(parts) > 1 else parts[0]
+        for request, row, _ in plan.prompts:
+            if self.prefixes:
+                scores = plan.scores.get(request.id)
+                self.prefixes.store(request.prompt_token_ids, request.cache_salt, row, scores)
         for source, target, num_tokens in plan.copies:
             self.cache.copy_row(source, target, num_tokens)
         return logits[plan.logit_row_of] if plan.copies else logits
@@ -134,21 +156,24 @@ class ModelRunner:
         plan.logit_row_of += range(len(seqs))
 
     def _plan_prompts(self, plan: StepPlan, seqs: list[Sequence]) -> None:
-        """Each request's prompt once; its other sequences get copies of keys and values."""
+        """What is not known of each request's prompt, once; its other sequences get copies of keys
+        and values."""
         for request, group in itertools.groupby(seqs, key=lambda seq: seq.request):
             prompt, row = request.prompt_token_ids, len(plan.logit_row_of)
-            num_sequences = len(list(group))
-            is_long = len(prompt) > SHORT_PROMPT_TOKENS
+            group_seqs = list(group)
+            num_sequences, start = len(group_seqs), group_seqs[0].num_cached_tokens
+            num_rows = len(prompt) - start
             if (
-                is_long
+                is_long(num_rows)
                 or not plan.batches
-                or len(plan.batches[-1].token_ids) + len(prompt) > self.max_rows
+                or len(plan.batches[-1].token_ids) + num_rows > self.max_rows
             ):
                 plan.batches.append(ForwardBatch())
             batch = plan.batches[-1]
-            if request.params.num_prompt_logprobs is not None and request.prompt_logprobs is None:
-                plan.scored.append((request, batch, len(batch.token_ids)))
-            batch.add_prompt(prompt, row)
+            if _is_scored(request):
+                plan.scored.append((request, batch, len(batch.token_ids), start))
+            batch.add_prompt(prompt[start:], row, start)
+            plan.prompts.append((request, row, start))
             batch.logit_rows.append(len(batch.token_ids) - 1)
             plan.logit_row_of += [plan.num_logit_rows - 1] * num_sequences
             others = range(row + 1, row + num_sequences)
@@ -183,28 +208,43 @@ class ModelRunner:
         """Rows for the output layer: the last one again and again where they are too few."""
         return rows + rows[-1:] * (self.min_rows - len(rows))
 
-    def _run_and_score(
-        self, batch: ForwardBatch, scored: list[tuple[EngineRequest, int]]
-    ) -> Tensor:
-        """As `run`; and gives these requests, whose prompts begin at these rows, their
-        log probabilities. The output layer works in pieces: the logits of 32,000 tokens of a
-        vocabulary of 150,000 would take 20 GB."""
+    def _run_and_score(self, plan: StepPlan, batch: ForwardBatch) -> Tensor:
+        """As `run`; and gives the scored requests in this pass their log probabilities."""
         hidden, head = self._hidden_states(batch)
-        for request, first in scored:
-            prompt, params = request.prompt_token_ids, request.params
-            num_top, ranks = params.num_prompt_logprobs or 0, params.ranks_prompt
-            request.prompt_logprobs = []
-            for start in range(0, len(prompt) - 1, SCORED_TOKENS):
-                next_token_ids = prompt[start + 1 : start + 1 + SCORED_TOKENS]
-                rows = list(range(first + start, first + start + len(next_token_ids)))
-                logits = head(hidden[self._padded(rows)])[: len(rows)]
-                for logprobs in collect_logprobs(logits, next_token_ids, num_top, ranks):
-                    if logprobs is None:
-                        request.failure = InferenceError(NO_LOGPROBS)
-                    else:
-                        request.prompt_logprobs.append(logprobs)
+        for request, of, first, start in plan.scored:
+            if of is batch:
+                rows = hidden[first : first + request.num_prompt_tokens - start]
+                plan.scores[request.id] = self._score(request, start, rows, head)
         logits = head(hidden[self._padded(batch.logit_rows)])
         return logits[: len(batch.logit_rows)].float()
+
+    def _score(
+        self, request: EngineRequest, start: int, hidden: Tensor, head: Callable[[Tensor], Tensor]
+    ) -> dict[int, BlockScores]:
+        """Gives a request the log probabilities of its prompt, of which those before token `start`
+        are known. For the prefix cache, the same of blocks.
+
+        hidden: (num_rows, hidden_size), what the output layer gets, from token `start` on. The
+        layer works in pieces: the logits of 32,000 tokens of a vocabulary of 150,000 would take
+        20 GB.
+        """
+        prompt, kind = request.prompt_token_ids, _scores_kind(request)
+        logprobs: list[PositionLogprobs] = []
+        request.prompt_logprobs = logprobs
+        if start and self.prefixes:
+            known = self.prefixes.scores(prompt, request.cache_salt, start)
+            logprobs += [each for block in known for each in block.logprobs]
+            hidden = torch.cat((known[-1].last_hidden[None], hidden))
+        for at in range(0, len(hidden) - 1, SCORED_TOKENS):
+            next_token_ids = prompt[len(logprobs) + 1 :][:SCORED_TOKENS]
+            rows = list(range(at, at + len(next_token_ids)))
+            logits = head(hidden[self._padded(rows)])[: len(rows)]
+            for each in collect_logprobs(logits, next_token_ids, *kind):
+                if each is None:
+                    request.failure = InferenceError(NO_LOGPROBS)
+                    return {}
+                logprobs.append(each)
+        return split_scores(logprobs, kind, hidden) if self.prefixes else {}
 
     def _hidden_states(self, batch: ForwardBatch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """What the output layer gets, of every row, and the output layer."""
@@ -277,6 +317,15 @@ class ModelRunner:
             if last >= min(16, most):
                 return fewest, last
         return 16, 16
+
+
+def _is_scored(request: EngineRequest) -> bool:
+    """Whether the tokens of its prompt are to get log probabilities, and have none yet."""
+    return request.params.num_prompt_logprobs is not None and request.prompt_logprobs is None
+
+
+def _scores_kind(request: EngineRequest) -> ScoresKind:
+    return request.params.num_prompt_logprobs or 0, request.params.ranks_prompt
 
 
 def _plan_drafts(

@@ -21,6 +21,8 @@ from engine.token_rules import TokenRules
 
 FinishReason = Literal["stop", "length", "content_filter"]
 StopReason = int | str  # the id of a stop token, or a stop string
+# Prompts find keys and values of those alone that have the same one.
+CacheSalt = tuple[str, ...]
 
 # EngineError
 #  +- QueueFullError     the waiting queue is full: try again later. Recoverable.
@@ -159,6 +161,8 @@ class StepStats:
     num_drafts: int = 0  # sequences for which tokens were drafted
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0  # how many of them were the ones that were drawn
+    num_queried_tokens: int = 0  # of prompts, looked for in the prefix cache
+    num_cached_tokens: int = 0  # how many of them were found there
 
 
 class TextFilter(Protocol):
@@ -226,6 +230,7 @@ class EngineRequest:
         loop: asyncio.AbstractEventLoop,
         *,
         client: str = "",
+        cache_salt: CacheSalt = (),
         arrived_seconds: float = 0.0,
         num_sequences: int = 1,
         first_index: int = 0,
@@ -235,10 +240,12 @@ class EngineRequest:
         self.prompt_token_ids, self.reading = prompt
         self.params = params
         self.client = client  # whoever shares rows and queue with others
+        self.cache_salt = cache_salt
         self.streams = streams  # False: each sequence has one delta, its last
         self.is_aborted = False
         self.arrived_seconds = arrived_seconds
         self.queue_seconds: float | None = None  # how long it waited; None while it does
+        self.num_cached_tokens = 0  # of the prompt, when its first sequences left the queue
         self.num_generated_tokens = 0  # by all its sequences, without what was rolled back
         self.finish_reasons: set[FinishReason] = set()  # those of its sequences that have finished
         # Those of each prompt token but the first. If asked for, they are here before any delta.
@@ -267,6 +274,7 @@ class Sequence:
         self.index = index
         self.params = request.params
         self.status = Status.WAITING
+        self.num_cached_tokens = 0  # of the prompt, which need not be computed when it begins
         key = np.array([seed % 2**64, index], dtype=np.uint64)
         self.rng = np.random.Generator(np.random.Philox(key=key))
         self.output_token_ids: list[int] = []

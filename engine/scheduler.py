@@ -5,11 +5,12 @@ from collections import Counter, deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
-from engine.request import QueueFullError, Sequence, Status
+from engine.request import EngineRequest, QueueFullError, Sequence, Status
 
 SHORT_PROMPT_TOKENS = 32  # prompts up to here share a step with the batch; longer ones run alone
 MOST_FOR_EACH_FREE = 7  # of something that is shared a client has at most so many for each free one
 MOST_OWED = 7  # times what a long prompt took: whoever else is there, a client has an eighth
+COPIED_TOKENS = 64  # of a prompt, which was known, take no longer than one that is computed
 BRIEF_TOKENS = 64  # who generates no more than so many frees its row soon
 
 
@@ -19,8 +20,9 @@ def is_within_share(num_own: int, num_free: int) -> bool:
     return num_own < MOST_FOR_EACH_FREE * num_free
 
 
-def is_long(seq: Sequence) -> bool:
-    return seq.request.num_prompt_tokens > SHORT_PROMPT_TOKENS
+def is_long(num_computed_tokens: int) -> bool:
+    """Whether so many tokens of a prompt make a step long; those that are known do not count."""
+    return num_computed_tokens > SHORT_PROMPT_TOKENS
 
 
 class Scheduler:
@@ -85,9 +87,16 @@ class Scheduler:
         """Whether a request with a lower id waits."""
         return any(queue[0].request.id < before_id for queue in self.waiting.values())
 
-    def schedule(self, end_id: float = math.inf) -> list[Sequence]:
+    def schedule(
+        self,
+        end_id: float = math.inf,
+        num_cached_tokens: Callable[[EngineRequest], int] = lambda request: 0,
+    ) -> list[Sequence]:
         """Moves waiting sequences to free rows and returns them, in row order; of requests with
         ids below end_id alone.
+
+        num_cached_tokens: how many of a request's prompt need not be computed. Each sequence is
+        told of them, and what is said of prompts below is said of the rest.
 
         One step takes prompts of SHORT_PROMPT_TOKENS together, or one longer prompt, so
         that the running ones never wait for more than one prompt. While others are running a
@@ -96,6 +105,7 @@ class Scheduler:
         rows are free.
         """
         admitted: list[Sequence] = []
+        num_cached: dict[int, int] = {}  # by the request's id
         budget_tokens = SHORT_PROMPT_TOKENS
         self.long_prompt_client = None
         self.owing_clients = {
@@ -106,24 +116,29 @@ class Scheduler:
         num_rows = Counter(seq.request.client for seq in self.running)
         even_part = math.ceil(self.max_num_seqs / max(1, len(num_rows.keys() | self.waiting)))
 
+        def num_computed_tokens(request: EngineRequest) -> int:
+            if request.id not in num_cached:
+                num_cached[request.id] = num_cached_tokens(request)
+            return request.num_prompt_tokens - num_cached[request.id]
+
         def may_run(client: str) -> bool:
             seq, num_own = self.waiting[client][0], num_rows[client]
-            if num_own >= even_part:
+            if num_own >= even_part or not self._may_run(seq, num_own, end_id):
                 return False
-            if is_long(seq) and client in self.owing_clients and num_rows.total() > num_own:
-                return False
-            return self._may_run(seq, num_own, end_id)
+            is_in_turn = client not in self.owing_clients or num_rows.total() == num_own
+            return is_in_turn or not is_long(num_computed_tokens(seq.request))
 
         while clients := [client for client in self.waiting if may_run(client)]:
             client = min(clients, key=num_rows.__getitem__)
             queue = self.waiting[client]
             request = queue[0].request
-            budget_tokens -= request.num_prompt_tokens
+            budget_tokens -= num_computed_tokens(request)
+            budget_tokens -= num_cached[request.id] // COPIED_TOKENS
             if admitted and budget_tokens < 0:
                 break
             while queue and queue[0].request is request and may_run(client):
                 seq = queue.popleft()
-                seq.status = Status.RUNNING
+                seq.status, seq.num_cached_tokens = Status.RUNNING, num_cached[request.id]
                 self.running.append(seq)
                 admitted.append(seq)
                 num_rows[client] += 1
@@ -131,7 +146,7 @@ class Scheduler:
             del self.waiting[client]
             if queue:
                 self.waiting[client] = queue
-            if is_long(admitted[-1]):
+            if is_long(num_computed_tokens(request)):
                 self.long_prompt_client = client
         return admitted
 

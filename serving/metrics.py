@@ -39,7 +39,15 @@ class ModelMetrics:
     WAITING = Gauge("vllm:num_requests_waiting", "Sequences in the queue.", ["model_name"])
     HEALTHY = Gauge("engine_healthy", "0 while the model keeps failing.", ["model_name"])
     SLOTS = Gauge("vllm:max_num_seqs", "Sequences that can run at once.", ["model_name"])
-    PROMPT_TOKENS = Counter("vllm:prompt_tokens", "Prompt tokens computed.", ["model_name"])
+    PROMPT_TOKENS = Counter(
+        "vllm:prompt_tokens", "Prompt tokens, computed or found in the cache.", ["model_name"]
+    )
+    PREFIX_QUERIES = Counter(
+        "vllm:prefix_cache_queries", "Prompt tokens looked for in the cache.", ["model_name"]
+    )
+    PREFIX_HITS = Counter(
+        "vllm:prefix_cache_hits", "Prompt tokens found in the cache.", ["model_name"]
+    )
     GENERATION_TOKENS = Counter("vllm:generation_tokens", "Tokens generated.", ["model_name"])
     DRAFTS = Counter(
         "vllm:spec_decode_num_drafts", "Sequences' steps with drafted tokens.", ["model_name"]
@@ -77,6 +85,8 @@ class ModelMetrics:
     def __init__(self, name: str):
         self.name = name
         self.prompt_tokens = self.PROMPT_TOKENS.labels(name)
+        self.prefix_queries = self.PREFIX_QUERIES.labels(name)
+        self.prefix_hits = self.PREFIX_HITS.labels(name)
         self.generation_tokens = self.GENERATION_TOKENS.labels(name)
         self.drafts = self.DRAFTS.labels(name)
         self.draft_tokens = self.DRAFT_TOKENS.labels(name)
@@ -92,7 +102,9 @@ class ModelMetrics:
         """Called in the engine's thread, after each step."""
         if stats.num_rows:  # what another server computes in a step is not known
             self.step.observe(stats.num_rows)
-        self.prompt_tokens.inc(stats.num_prompt_tokens)
+        self.prompt_tokens.inc(stats.num_prompt_tokens + stats.num_cached_tokens)
+        self.prefix_queries.inc(stats.num_queried_tokens)
+        self.prefix_hits.inc(stats.num_cached_tokens)
         self.generation_tokens.inc(
             len(stats.time_to_first_token_seconds)
             + len(stats.inter_token_seconds)

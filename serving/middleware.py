@@ -185,7 +185,8 @@ def address_identity(client: tuple[str, int] | None) -> str:
 class ApiKeyMiddleware:
     """Lets nobody pass without a key, where there are keys, but to what `is_open`.
 
-    Says in `scope["client_identity"]` whom limits are counted for.
+    Says in `scope["client_identity"]` whom limits are counted for, and in `scope["key_name"]` whose
+    key it is.
     key_names: by the key's digest; empty: no key is needed.
     """
 
@@ -212,7 +213,7 @@ class ApiKeyMiddleware:
                 detail = "An API key is needed: Authorization: Bearer <key>, or X-API-Key"
                 refusal = error_response(scope, 401, detail, headers, code="invalid_api_key")
                 return await refusal(scope, receive, send)
-            scope["client_identity"] = f"key {name}"
+            scope["client_identity"], scope["key_name"] = f"key {name}", name
             add_to_log(key=name)
         await self.app(scope, receive, send)
 

@@ -167,6 +167,7 @@ class ModelLoader:
             speculative_tokens=settings.speculative_tokens,
             quantization=choose_quantization(settings),
             dtype=choose_dtype(settings),
+            prefix_cache_bytes=settings.prefix_cache_bytes if settings.prefix_caching else 0,
             num_threads=self.num_threads,
             text_filter=self.text_filter,
             on_step=metrics.observe,

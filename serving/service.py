@@ -38,7 +38,9 @@ async def get_service(http: Request) -> Service:
 
 async def get_client(http: Request) -> Client:
     """Whom the request is from, as ApiKeyMiddleware and RateLimitMiddleware have found."""
-    return Client(http.scope["client_identity"], http.scope.get("reserve_tokens", reserve_nothing))
+    scope = http.scope
+    reserve = scope.get("reserve_tokens", reserve_nothing)
+    return Client(scope["client_identity"], reserve, scope.get("key_name", ""))
 
 
 CurrentService = Annotated[Service, Depends(get_service)]

@@ -58,6 +58,16 @@ class Settings(BaseSettings):
         description="`int8` packs weights to 8 bits (CPU only). `auto` does so where it is the "
         "fastest and the loaded model loses less than 1% by it. `none`: as `DTYPE` says.",
     )
+    prefix_caching: bool = Field(
+        default=True,
+        description="Whether prompts that begin as recent ones did take their keys and values, "
+        "where that changes no bit of a text, which is so for GPT-2 in int8.",
+    )
+    prefix_cache_bytes: int = Field(
+        default=256 << 20,
+        ge=1 << 20,
+        description="Memory for these, of each model; taken as it is needed and then kept.",
+    )
     generation_config: Literal["auto", "none"] = Field(
         default="auto",
         description="`auto` takes what a model's `generation_config.json` asks for; `none` nothing "

@@ -58,6 +58,27 @@ async def seeded_texts() -> dict[str, str]:
     return {"alone": alone, "again": again, "among_others": texts[8]}
 
 
+def deltas_of_a_beginning() -> list[tuple[int, Delta]]:
+    """What the served engine says to a prompt that begins as one before did, and to the same prompt
+    when nothing of it is known; each with how many of its tokens were known."""
+    prompt = [1 + i * 31 % 8000 for i in range(500)]
+    params = SamplingParams(max_new_tokens=6, temperature=0, num_logprobs=1)
+
+    async def complete(token_ids: list[int], salt: str) -> tuple[int, Delta]:
+        with main.engine.place("") as place:
+            read = main.engine.read_prompt(token_ids)
+            options = {"place": place, "cache_salt": (salt,)}
+            (request,) = main.engine.submit_all([read], params, **options)
+        (delta,) = [delta async for delta in main.engine.stream(request)]
+        return request.num_cached_tokens, delta
+
+    async def complete_all() -> list[tuple[int, Delta]]:
+        await complete(prompt, "a")
+        return [await complete([*prompt[:485], 7, 8, 9], salt) for salt in "ab"]
+
+    return asyncio.run(complete_all())
+
+
 def greedy_deltas(engine: Engine) -> tuple[list[Delta], list[Delta]]:
     """What the engine says to one prompt after another, and to all of them together."""
 
@@ -102,6 +123,7 @@ def load() -> Any:
 served = main.engine
 float32_engine = Engine(load(), served.tokenizer, num_threads=1)
 alone, together = greedy_deltas(float32_engine)
+(num_cached_tokens, hit), (_, missed) = deltas_of_a_beginning()
 about = {
     "dtype": str(served.model.dtype),
     "kernel": served.kernel.name,
@@ -111,6 +133,8 @@ about = {
     "greedy": [delta.token_ids for delta in together],
     "generated": generated_token_ids(load().eval(), served.tokenizer),
     "is_same_bits_alone": alone == together,
+    "num_cached_tokens": num_cached_tokens,
+    "is_same_bits_cached": hit == missed,
     "adversarial_sum": adversarial_sum(served.kernel) if served.kernel.name[:4] == "int8" else None,
 }
 print(json.dumps(about), file=sys.stderr)  # the log goes to standard output, in its own time

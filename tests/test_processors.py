@@ -89,6 +89,8 @@ def test_service_is_right_on(name: str, started: Callable[[str], Process]) -> No
     about = found(started(name))
     assert about["greedy"] == about["generated"], about
     assert about["is_same_bits_alone"], about
+    assert about["is_same_bits_cached"], about
+    assert about["num_cached_tokens"] == (480 if about["kernel"].startswith("int8") else 0), about
     assert len(set(about["seeded"].values())) == 1, about
 
 
@@ -130,6 +132,8 @@ def test_int8_is_right_where_pairs_are_added_in_16_bits(started: Callable[[str],
     if IS_X86 and torch.cpu._is_avx2_supported():
         assert about["kernel"] == "int8 fbgemm"
         assert about["adversarial_sum"] == pytest.approx(63, rel=0.01)
+        assert about["num_cached_tokens"] == 480
+        assert about["is_same_bits_cached"], about
     assert len(set(about["seeded"].values())) == 1, about
     assert about["greedy"] == about["generated"], about  # of the float32 engine beside it
 

@@ -70,13 +70,16 @@ class ResponseBuilder(ABC, Generic[Body]):
         """Those of all choices that the client gets."""
         return deltas
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         num_prompt_tokens = self.generation.num_prompt_tokens
         num_completion_tokens = self.generation.num_completion_tokens
+        num_cached_tokens = self.generation.num_cached_tokens
+        details = None if num_cached_tokens is None else {"cached_tokens": num_cached_tokens}
         return {
             "prompt_tokens": num_prompt_tokens,
             "completion_tokens": num_completion_tokens,
             "total_tokens": num_prompt_tokens + num_completion_tokens,
+            "prompt_tokens_details": details,
         }
 
     async def respond(self, http: Request) -> Any:

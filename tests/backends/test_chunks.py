@@ -98,6 +98,19 @@ def test_usage_needs_no_choices(chunk: dict[str, Any]) -> None:
     assert (parsed.usage.prompt_tokens, parsed.usage.completion_tokens) == (4, 2)
 
 
+@pytest.mark.parametrize(
+    ("details", "num_cached_tokens"),
+    [({"cached_tokens": 3}, 3), ({}, None), ("none", None), ({"cached_tokens": -1}, None)],
+)
+def test_strange_details_of_usage_are_left_out(details: Any, num_cached_tokens: int | None) -> None:
+    usage = {"prompt_tokens": 4, "prompt_tokens_details": details}
+    parsed = parse_chunk(json.dumps({"usage": usage}).encode()).usage
+    assert parsed
+    assert parsed.prompt_tokens == 4
+    told = parsed.prompt_tokens_details
+    assert (told.cached_tokens if told else None) == num_cached_tokens
+
+
 @pytest.mark.parametrize("usage", [{}, {"prompt_tokens": -1}, {"prompt_tokens": None}, "4", [4]])
 def test_strange_usage_is_left_out(usage: Any) -> None:
     chunk = parse_chunk(json.dumps({"choices": [{"text": " there"}], "usage": usage}).encode())

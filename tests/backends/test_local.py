@@ -204,3 +204,21 @@ def test_too_long_a_prompt_is_refused_without_reading_it(monkeypatch: pytest.Mon
         body = completion(prompt=prompt)
         (error,) = run(BACKEND.submit_completion(body, client=Client("a")))
         assert isinstance(error, ContextExceeded)
+
+
+def test_prompts_share_keys_and_values_only_with_the_same_key_and_salt() -> None:
+    """Else a client could tell by the time that it takes how another's prompt begins."""
+    if not ENGINE.runner.is_exact:
+        pytest.skip("no int8 kernel on this processor, so nothing is shared")
+
+    async def ask(key_name: str, **fields: str) -> int | None:
+        client = Client("a", key_name=key_name)
+        body = completion(prompt=list(range(100)), **fields)
+        generation = await BACKEND.submit_completion(body, client=client)
+        await generation.complete()
+        return generation.num_cached_tokens
+
+    asked = [("k", {}), ("l", {}), ("k", {"cache_salt": "s"}), ("l", {"cache_salt": "s"})]
+    for num_cached_tokens in (0, 96):
+        for key_name, fields in asked:
+            assert run(ask(key_name, **fields)) == [num_cached_tokens]

@@ -2,6 +2,7 @@
 
 import torch
 
+from engine.batch import ForwardBatch
 from engine.cache import KVCache
 from tests.support import tiny_llama
 
@@ -17,3 +18,20 @@ def test_cache_keeps_rows_when_its_capacity_changes_and_takes_no_new_memory() ->
         assert torch.equal(cache.layers[0][:, :2, :, :64], kept)
         addresses.append([half.data_ptr() for half in cache.layers[0]])
     assert addresses == [addresses[0]] * 3
+
+
+def test_attention_in_blocks_is_that_in_one_piece() -> None:
+    """Of a prompt whose first 128 tokens the row has already, too."""
+    keys_values, query = torch.randn(200, 2, 2, 8), torch.randn(200, 8, 8)
+    attended = []
+    for attends_in_blocks, start in ((False, 0), (True, 0), (True, 128)):
+        cache = KVCache(tiny_llama(), 3, 256, attends_in_blocks)
+        cache.resize(200, 0)
+        cache.layers[0][:, 1, :, :start] = keys_values[:start].permute(1, 2, 0, 3)
+        batch = ForwardBatch()
+        batch.add_prompt([0] * (200 - start), 1, start)
+        cache.begin_pass(batch)
+        attended.append(cache.attend(0, query[start:], keys_values[start:], 0.5))
+    in_one_piece, in_blocks, rest = attended
+    assert torch.allclose(in_blocks, in_one_piece, atol=1e-5)
+    assert torch.equal(rest, in_blocks[128:])

@@ -240,7 +240,7 @@ def check_texts(
 
 @pytest.fixture(scope="module")
 def int8_engine() -> Iterator[Engine]:
-    made = Engine(load(), tokenizer, quantization="int8", num_threads=1)
+    made = Engine(load(), tokenizer, quantization="int8", num_threads=1, prefix_cache_bytes=2**20)
     yield made
     made.stop()
 

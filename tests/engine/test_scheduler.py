@@ -327,3 +327,27 @@ def test_scheduler_is_finished() -> None:
     assert not scheduler.is_finished
     scheduler.finish(seq)
     assert scheduler.is_finished
+
+
+def test_scheduler_counts_of_a_prompt_what_is_not_known() -> None:
+    """So a long prompt runs beside others; what is copied of it counts for a little."""
+    scheduler = Scheduler(max_num_seqs=9, max_queue_size=9)
+    seqs = prompts(200, 200, 200, 200)
+    for seq in seqs:
+        add(scheduler, [seq])
+    num_cached = dict(zip([seq.request.id for seq in seqs], (0, 192, 192, 192), strict=True))
+    admitted = [scheduler.schedule(num_cached_tokens=lambda r: num_cached[r.id]) for _ in range(3)]
+    assert admitted == [seqs[:1], seqs[1:3], seqs[3:]]
+    assert [seq.num_cached_tokens for seq in seqs] == [0, 192, 192, 192]
+
+
+def test_scheduler_lets_a_client_that_owes_time_run_what_is_known() -> None:
+    scheduler = Scheduler(max_num_seqs=9, max_queue_size=9)
+    add(scheduler, sequences(client="b"))
+    scheduler.schedule()
+    for _ in range(2):
+        add(scheduler, sequences(prompt=[1] * 99, client="a"))
+    assert clients_of(scheduler.schedule()) == "a"
+    scheduler.count_step(1.0)
+    assert clients_of(scheduler.schedule()) == ""
+    assert clients_of(scheduler.schedule(num_cached_tokens=lambda request: 96)) == "a"

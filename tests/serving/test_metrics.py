@@ -1,5 +1,6 @@
 """What `/metrics` says after something has happened, and what the dashboard makes of it."""
 
+import itertools
 import json
 import re
 
@@ -46,6 +47,27 @@ def test_metrics_count_what_happened() -> None:
         assert metric(after, name) == 0
     assert metric(after, "model_load_seconds") > 0
     assert f'version="{main.VERSION}"' in after
+
+
+def test_metrics_count_what_the_prefix_cache_finds() -> None:
+    if not main.engine.runner.is_exact:
+        pytest.skip("no int8 kernel on this processor, so nothing is shared")
+    names = ["vllm:prompt_tokens_total", "vllm:prefix_cache_queries_total"]
+    names.append("vllm:prefix_cache_hits_total")
+    texts = [client.get("/metrics").text]
+    for _ in range(2):
+        body = {"prompt": list(range(7, 77)), "max_tokens": 1}
+        usage = client.post("/v1/completions", json=body).json()["usage"]
+        main.engine.stop()  # what a step did is counted after its answer has gone out
+        main.engine.start()
+        texts.append(client.get("/metrics").text)
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 64}
+    counted = [[metric(text, name) for name in names] for text in texts]
+    gained = [
+        [after - before for before, after in zip(*pair, strict=True)]
+        for pair in itertools.pairwise(counted)
+    ]
+    assert gained == [[70, 70, 0], [70, 70, 64]]
 
 
 def test_metrics_labels_are_bounded() -> None:

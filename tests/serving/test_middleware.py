@@ -359,6 +359,22 @@ def test_identity_is_what_routes_are_told() -> None:
     assert told == ["address 2001:db8::/64"] * 2 + ["address 192.0.2.1"]
 
 
+def test_name_of_a_key_is_what_routes_are_told() -> None:
+    told = []
+
+    async def app(scope: Any, *_: Any) -> None:
+        told.append((scope["client_identity"], scope.get("key_name")))
+
+    async def ask(key_names: dict[bytes, str], key: bytes) -> None:
+        headers = [(b"x-api-key", key)]
+        scope = {"type": "http", "path": "/generate", "headers": headers, "client": ("10.0.0.1", 1)}
+        await ApiKeyMiddleware(app, key_names, True, False)(scope, None, None)  # type: ignore[arg-type]
+
+    asyncio.run(ask({key_digest("secret"): "alice"}, b"secret"))
+    asyncio.run(ask({}, b"secret"))
+    assert told == [("key alice", "alice"), ("address 10.0.0.1", None)]
+
+
 # --- CORS ---------------------------------------------------------------------------------------
 
 
