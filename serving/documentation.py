@@ -168,7 +168,10 @@ def document_media(document: dict[str, Any], registry: ModelRegistry, settings: 
     }
     for fields in described_fields(document):
         for name in fields.keys() & bounds.keys():
-            fields[name]["maximum"] = bounds[name]
+            field, bound = fields[name], bounds[name]
+            field["maximum"] = bound
+            if "examples" in field:
+                field["examples"] = [min(each, bound) for each in field["examples"]]
         if "size" in fields:
             fields["size"]["description"] += f" No side is longer than {settings.max_side_pixels}."
     schemas = document["components"]["schemas"]

@@ -126,7 +126,7 @@ def test_vocabulary_is_where_top_k_ends() -> None:
 def test_fields_of_pictures_end_where_the_settings_end_them() -> None:
     """The document told of 150 steps, and of a text model for pictures, whatever was set."""
     fields: dict[str, Any] = {
-        "steps": {"maximum": 150},
+        "steps": {"maximum": 150, "examples": [25]},
         "size": {"description": "Like this."},
         "model": {"examples": [NAME]},
     }
@@ -135,7 +135,7 @@ def test_fields_of_pictures_end_where_the_settings_end_them() -> None:
     registry: Any = SimpleNamespace(media={"image": SimpleNamespace(name="painter")})
     document_media(document, registry, Settings(max_media_steps=20, max_side_pixels=640))
     assert fields == {
-        "steps": {"maximum": 20},
+        "steps": {"maximum": 20, "examples": [20]},
         "size": {"description": "Like this. No side is longer than 640."},
         "model": {"examples": ["painter"]},
     }
