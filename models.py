@@ -766,9 +766,12 @@ class TokenizeRequest(ModelChoice):
     )
 
     prompt: Left[Text] = Field(default=None, description="A text, however long a body may be.")
-    messages: Left[
-        Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    ] = Field(default=None, description="Or a conversation, by the model's chat template.")
+    messages: Left[Annotated[list[ChatMessage], Field(max_length=MAX_MESSAGES, fail_fast=True)]] = (
+        Field(
+            default=None,
+            description="Or a conversation, by the model's chat template; an empty list is none.",
+        )
+    )
     add_special_tokens: Left[bool] = Field(
         default=None,
         description="Put the tokens around it that the tokenizer has for that. Left out: around a "
@@ -786,7 +789,9 @@ class TokenizeRequest(ModelChoice):
     def _drop_what_changes_nothing(cls, body: Any) -> Any:
         if not isinstance(body, dict) or len(body) > MAX_FIELDS:
             return body
-        return drop_neutral(body, cls.model_fields, NEUTRAL_VALUES)
+        # Java clients that openapi-generator makes send an empty list for one that was not set.
+        fields = {name: body[name] for name in body if (name, body[name]) != ("messages", [])}
+        return drop_neutral(fields, cls.model_fields, NEUTRAL_VALUES)
 
     @model_validator(mode="after")
     def _is_of_one_kind(self) -> "TokenizeRequest":
