@@ -32,6 +32,7 @@ from neutral_values import (
     NEUTRAL_VALUES,
     drop_neutral,
     under_known_names,
+    with_order_of_samplers,
 )
 
 MAX_PROMPT_CHARACTERS = 500
@@ -572,6 +573,11 @@ class OpenAIRequest(ModelChoice, Structured, SamplingFields):
         le=1,
         description="Drops tokens less likely than this times the likeliest one.",
     )
+    temperature_last: bool = Field(
+        default=False,
+        description="Let `top_k`, `top_p` and `min_p` go by the model's own probabilities, and "
+        "apply the temperature to what they keep.",
+    )
     min_tokens: int = Field(default=0, ge=0, description="No end before so many tokens.")
     ignore_eos: bool = Field(default=False, description="Generate past the end of the text.")
     logit_bias: Annotated[
@@ -630,7 +636,7 @@ class OpenAIRequest(ModelChoice, Structured, SamplingFields):
         if not isinstance(body, dict) or len(body) > MAX_FIELDS:
             return body
         fields = {name: value for name, value in body.items() if value is not None}
-        fields = under_known_names(fields)
+        fields = with_order_of_samplers(under_known_names(fields))
         return drop_neutral(fields, cls.model_fields, NEUTRAL_VALUES)
 
 
