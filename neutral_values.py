@@ -85,7 +85,7 @@ OTHER_NAMES = {
     "rep_pen": "repetition_penalty", "repeat_penalty": "repetition_penalty",
     "rep_pen_range": "repetition_penalty_range", "repeat_last_n": "repetition_penalty_range",
     "sampler_seed": "seed", "stopping_strings": "stop", "stop_sequence": "stop",
-    "ban_eos_token": "ignore_eos",
+    "ban_eos_token": "ignore_eos", "n_probs": "logprobs",
 }  # fmt: skip
 # The same as NEUTRAL_VALUES of a message in a conversation.
 NEUTRAL_MESSAGE_VALUES: dict[str, Any] = {

@@ -343,7 +343,7 @@ SILLY_TAVERN = {  # as it comes, to a server of no kind that it knows
     "xtc_probability": 0, "rep_pen": 1.2, "rep_pen_range": 0, "repetition_penalty_range": 0,
     "seed": -1, "guidance_scale": 1, "negative_prompt": "", "grammar_string": "",
     "repeat_penalty": 1.2, "tfs_z": 1, "repeat_last_n": 0, "n_predict": 12, "num_predict": 12,
-    "num_ctx": 2048, "mirostat": 0, "ignore_eos": False, "n_probs": None, "rep_pen_slope": 1,
+    "num_ctx": 2048, "mirostat": 0, "ignore_eos": False, "n_probs": 10, "rep_pen_slope": 1,
     "nsigma": 0, "top_n_sigma": 0, "min_keep": 0, "adaptive_target": -0.01, "adaptive_decay": 0.9,
     "include_reasoning": True, "stream": False,
 }  # fmt: skip
