@@ -23,7 +23,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError, PydanticKnownError
+from pydantic_core import PydanticCustomError, PydanticKnownError, PydanticUndefined
 
 from neutral_values import (
     NEUTRAL_IMAGE_VALUES,
@@ -118,7 +118,7 @@ T = TypeVar("T")
 Left = Annotated[T | None, _LeftOut()]
 
 
-def _in_one_message(message: str) -> WrapValidator:
+def _in_one_message(message: str, documented_type: Any = PydanticUndefined) -> WrapValidator:
     """One message for a union, instead of one for each of its members, unless a list is too
     long."""
 
@@ -133,7 +133,7 @@ def _in_one_message(message: str) -> WrapValidator:
                 raise PydanticKnownError("too_long", problem["ctx"])
         raise ValueError(message)
 
-    return WrapValidator(validate)
+    return WrapValidator(validate, json_schema_input_type=documented_type)
 
 
 class _Strict(BaseModel):
@@ -235,9 +235,16 @@ Grammar = Annotated[str, _bounded(MAX_GRAMMAR_CHARACTERS), AfterValidator(_plain
 JsonSchema = Annotated[
     dict[str, Any] | Grammar,
     _in_one_message(
-        f"must be a JSON schema, an object or its text of up to {MAX_GRAMMAR_CHARACTERS} characters"
+        f"must be a JSON schema, an object or its text of up to {MAX_GRAMMAR_CHARACTERS} "
+        "characters",
+        # Of unions with an object in them, generators make classes that do not compile.
+        documented_type=dict[str, Any],
     ),
 ]
+
+
+def _without_constant(schema: dict[str, Any]) -> None:
+    del schema["const"]
 
 
 class StructuredOutputs(_Strict):
@@ -262,7 +269,12 @@ class StructuredOutputs(_Strict):
         "but those that it names, in its order.",
         examples=[{"type": "object", "properties": {"age": {"type": "integer"}}}],
     )
-    json_object: Left[Literal[True]] = Field(default=None, description="Any JSON object.")
+    json_object: Left[Literal[True]] = Field(
+        default=None,
+        description="True: any JSON object.",
+        # Of a constant that is no string, generators make an enumeration that does not compile.
+        json_schema_extra=_without_constant,
+    )
     grammar: Left[Grammar] = Field(
         default=None,
         description="A text of this grammar, in llama.cpp's GBNF or in Lark's form.",

@@ -32,6 +32,9 @@ def widen(schema: dict[str, Any]) -> None:
     widen_seed(properties)
     if "user" in properties:  # which is ignored
         properties["user"] = {}
+    if "json_object" in properties:  # the schema in `json` may come as its text
+        text = {"type": "string", "minLength": 1, "maxLength": models.MAX_GRAMMAR_CHARACTERS}
+        properties["json"] = {"anyOf": [properties["json"], text]}
     for name in properties.keys() - {*schema.get("required", ())}:
         properties[name] = {"anyOf": [properties[name], NULL]}
 
