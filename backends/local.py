@@ -372,6 +372,7 @@ class LocalBackend(Backend):
         return SamplingParams(
             **sampling,
             max_new_tokens=max_tokens,
+            temperature_last=body.temperature_last,
             repetition_penalty_range=max(0, body.repetition_penalty_range),
             presence_penalty=body.presence_penalty,
             frequency_penalty=body.frequency_penalty,

@@ -48,12 +48,16 @@ def test_operation_ids_are_the_names_of_methods() -> None:
 @pytest.mark.contract
 def test_generators_can_make_types_of_all_schemas() -> None:
     """Clients did not compile: a field that is always null has no type, a bound above 2^53 becomes
-    a number with an exponent, and a union's default is put where it fits one of its types."""
+    a number with an exponent, a union's default is put where it fits one of its types, and Java's
+    variables of a union are named after its types, `Map<String, Object>` too; a constant becomes an
+    enumeration, of texts."""
     for each in schemas_within(client.get("/openapi.json").json()):
         assert not each.keys() & {"ge", "gt", "le", "lt"}  # pydantic's names: lost as bounds
         types = [inner.get("type") for inner in each.get("anyOf", [])]
         assert each.get("type") != "null" or set(each) == {"type"}
         assert types != ["null"]
+        assert isinstance(each.get("const", ""), str)
+        assert "object" not in types or set(types) == {"object", "null"}
         assert "default" not in each or not ("anyOf" in each or "$ref" in each)
         for bound in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
             assert not isinstance(each.get(bound), int | float) or abs(each[bound]) <= 2**53
