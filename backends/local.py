@@ -27,13 +27,12 @@ from backends.base import (
     TextDelta,
     Tokens,
     check_num_sequences,
-    holds_forbidden_word,
     new_token_budget,
 )
 from backends.conversations import as_template_reads, find_turn_ends, texts_of
 from backends.generation_config import AuthorsDefaults
 from backends.logprobs import ChoiceLogprobs, TokenSpelling
-from backends.reader import Pieces, Reader, read_at_once
+from backends.reader import Pieces, Reader, find_in_pieces, read_at_once, read_in_pieces
 from backends.structure import StructureCompiler, read_structure
 from engine import (
     Constraint,
@@ -526,10 +525,12 @@ class LocalBackend(Backend):
             raise InvalidField(field, reason)
         read = self.tokenizer.decode(token_ids, skip_special_tokens=True)
         for text in dict.fromkeys([*texts, read]):
-            if holds_forbidden_word(self.content_filter, text):
+            if (yield from find_in_pieces(self.content_filter, text)):
                 raise ForbiddenPrompt(field)
             yield
-        return self.engine.read_prompt(token_ids)
+        text_filter = self.engine.output.text_filter
+        reading = (yield from read_in_pieces(text_filter, read)) if text_filter else None
+        return Prompt(token_ids, reading)
 
 
 LogprobsForm = Literal["completion", "chat"] | None
