@@ -51,7 +51,7 @@ from backends.chunks import (
 )
 from backends.dialect import Route, TakesOne
 from backends.held_text import HeldText
-from backends.reader import Pieces, Reader
+from backends.reader import Pieces, Reader, find_in_pieces, read_in_pieces
 from backends.upstream import Upstream
 from engine import (
     EngineError,
@@ -383,14 +383,16 @@ class ExternalBackend(Backend):
     ) -> Pieces[None]:
         """Raises ForbiddenPrompt; else the choices know what they follow on."""
         for text in texts:
-            if holds_forbidden_word(self.content_filter, text):
+            if (yield from find_in_pieces(self.content_filter, text)):
                 raise ForbiddenPrompt("prompt" if route == "completions" else "messages")
             yield
+        if not self.text_filter:
+            return
         num_sequences = len(held) // len(before)
         for at, text in enumerate(before):
-            reading = self._read_prompt(text)
+            reading = yield from read_in_pieces(self.text_filter, text)
             for choice in held[at * num_sequences : (at + 1) * num_sequences]:
-                choice.reading = reading and reading.copy()
+                choice.reading = reading.copy()
             yield
 
     def _read_prompt(self, prompt: str) -> TextReading | None:

@@ -1,6 +1,5 @@
 """A tokenizer in vLLM's shapes. The real lm-eval asks for it in test_openai_routes.py."""
 
-import asyncio
 import json
 from typing import Any
 
@@ -8,7 +7,6 @@ import pytest
 
 import main
 from engine import QueueFullError
-from serving.token_routes import PIECE_TOKENS, list_in_json
 from tests.support import FOLDER, NAME, PROMPT, ids, new_client, refused_fields, tokenizer
 
 client = new_client()
@@ -166,9 +164,3 @@ def test_tokenizer_info_is_the_tokenizers_configuration() -> None:
         "chat_template": None,
     }
     assert str(FOLDER.parent) not in response.text
-
-
-def test_list_in_json_is_written_piece_by_piece() -> None:
-    values = ['Ġ"', *map(str, range(2 * PIECE_TOKENS))]
-    assert json.loads(asyncio.run(list_in_json(values))) == values
-    assert asyncio.run(list_in_json([])) == b"[]"

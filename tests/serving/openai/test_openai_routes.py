@@ -1184,6 +1184,24 @@ def test_completion_echo_and_prompt_logprobs_each_have_their_number(client: Open
     assert choice.logprobs == plain.logprobs
 
 
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": [[5] * 200] * 120, "prompt_logprobs": 20}, "prompt_logprobs"),
+        ({"prompt": [[5] * 200] * 15, "n": 8, "prompt_logprobs": 20}, "prompt_logprobs"),
+        ({"prompt": [[5] * 200] * 120, "echo": True, "logprobs": 20}, "logprobs"),
+    ],
+)
+def test_error_more_logprobs_of_prompts_than_an_answer_may_hold(
+    client: OpenAI, fields: dict[str, Any], param: str
+) -> None:
+    """A body of 600 KB had an answer of 217 MB, for which the process grew by 1.9 GiB."""
+    with pytest.raises(openai.BadRequestError) as error:
+        complete(client, max_tokens=1, **{"prompt": PROMPT}, extra_body=fields)
+    assert error.value.param == param
+    assert "at most 500000 of all prompts" in error.value.message
+
+
 @pytest.mark.parametrize("streams", [False, True])
 def test_chat_tells_token_ids_of_the_prompt_once(client: OpenAI, streams: bool) -> None:
     extra = {"return_token_ids": True} | ({} if streams else {"prompt_logprobs": 0})
