@@ -1217,3 +1217,14 @@ class SpeechRequest(_Media):
         if not isinstance(body, dict):
             return body
         return drop_neutral(body, cls.model_fields, NEUTRAL_SPEECH_VALUES)
+
+
+def build_media_schemas() -> None:
+    """To be called before a route takes one of them: FastAPI keeps back what pydantic warns of
+    while it makes a route, but not while a deferred schema is built later on."""
+    for schema in (
+        AudioQuery, AudioRequest, ImageQuery, ImageRequest, VideoQuery, VideoRequest, ShapeQuery,
+        ShapeRequest, ImageGenerationRequest, SpeechRequest,
+    ):  # fmt: skip
+        schema.model_config["defer_build"] = False
+        schema.model_rebuild()

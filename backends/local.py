@@ -522,7 +522,7 @@ class LocalBackend(Backend):
         if not token_ids:
             raise InvalidField(field, "must hold at least one token")
         if max(token_ids) >= self.vocab_size:
-            reason = f"holds a special token that is not among the model's {self.vocab_size}"
+            reason = f"holds a token that is not among the model's {self.vocab_size}"
             raise InvalidField(field, reason)
         read = self.tokenizer.decode(token_ids, skip_special_tokens=True)
         for text in dict.fromkeys([*texts, read]):
