@@ -32,10 +32,16 @@ REASONS = [
     (re.compile("look-?around"), "looks ahead or behind, which is not supported"),
     (re.compile("Unsatisfiable"), "asks for what no text can be"),
     (re.compile("Unknown format"), "has a format that is not supported"),
-    (re.compile("^Resource "), "refers to what is not in it"),
+    (re.compile("^(Resource|Pointer) "), "refers to what is not in it"),
+    (re.compile("^recursion limit"), "is nested too deeply"),
+    (re.compile("^oneOf "), "has oneOf of parts that overlap, which is not supported: anyOf is"),
+    (re.compile("integer range|decimal literal"), "has a number that is too large"),
     (re.compile(r"too (large|many|big|complex)|; max is \d", re.IGNORECASE), "is too complex"),
 ]
 UNSUPPORTED_KEYWORDS = re.compile(r"^Unimplemented keys: (\[.*\])")  # names of JSON Schema's own
+# What is wrong with a regular expression, in words of the library's own.
+FAULT = re.compile(r"^error: ([^\n]+)", re.MULTILINE)
+UNENDED = re.compile(r"(?<!\\)(\\\\)*\\$")  # it ends in a backslash, which nothing follows
 PLACE = re.compile(r"^at (\d+)\((\d+)\)")  # line and column
 # Where a schema has others in it: by name, and as they are.
 NAMED_PARTS = ("properties", "patternProperties", "$defs", "definitions")
@@ -199,7 +205,11 @@ def _grammar(structure: Structure) -> str:
     if structure.kind == "choice":
         choices = " | ".join(map(json.dumps, json.loads(structure.source)))
         return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}")
-    return grammar_from("regex" if structure.kind == "regex" else "grammar", structure.source)
+    if structure.kind == "grammar":
+        return grammar_from("grammar", structure.source)
+    if UNENDED.search(structure.source):  # llguidance would leave the backslash out
+        raise ValueError("error: incomplete escape sequence")
+    return grammar_from("regex", structure.source)
 
 
 def _refusal(structure: Structure, said: str) -> InvalidField:
@@ -211,6 +221,8 @@ def _refusal(structure: Structure, said: str) -> InvalidField:
         if pattern.search(said):
             return InvalidField(structure.field, f"{structure.kind} {reason}")
     reason = f"{structure.kind} is not valid"
+    if structure.kind != "grammar" and (fault := FAULT.search(said)):
+        reason += f": {fault[1]}"
     is_lark = structure.kind == "grammar" and "::=" not in structure.source
     if is_lark and (place := PLACE.match(said)):
         reason += f": line {place[1]}, column {place[2]}"

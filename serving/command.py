@@ -7,7 +7,6 @@ import argparse
 import asyncio
 import os
 import re
-import shlex
 import sys
 import time
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
@@ -30,8 +29,10 @@ in one of the other two. HF_TOKEN, HF_HOME and HF_HUB_OFFLINE mean what they alw
 GRACEFUL_SHUTDOWN_SECONDS = 25  # as the Procfile has it
 CHECK_PROMPT, CHECK_TOKENS = "Once upon a time", 16
 # What a URL may hold of a secret: who asks, and what follows a question mark.
-SECRET_OF_URL = re.compile(r"(?<=://)[^/,@]*(?=@)|(?<=\?)[^#,]*")
+USER_OF_URL = re.compile(r"(?<=://)[^/,@]*(?=@)")
+QUERY_OF_URL = re.compile(r"(?P<before>://[^?,\s]*\?)[^#,]*")
 HIDDEN = "**********"
+PLAIN_VALUE = re.compile(r"[\w@%+=:,./-]*", re.ASCII)  # that needs no quotes
 
 
 def run_command(app: str) -> NoReturn:
@@ -100,7 +101,8 @@ def described(field: FieldInfo) -> str:
 
 
 def described_settings(settings: Settings) -> str:
-    """A line for each setting, as `.env` has it; what may be a secret is hidden."""
+    """A line for each setting, as `.env` has it, or several for a value that has several; what may
+    be a secret is hidden."""
     lines = []
     for name, value in settings.model_dump(mode="json").items():
         default = Settings.model_fields[name].default
@@ -108,9 +110,17 @@ def described_settings(settings: Settings) -> str:
             value = default.get_secret_value()
         elif isinstance(value, bool):
             value = str(value).lower()
-        written = "" if value is None else SECRET_OF_URL.sub(HIDDEN, str(value))
-        lines.append(f"{name.upper()}={shlex.quote(written) if written else ''}")
+        written = "" if value is None else USER_OF_URL.sub(HIDDEN, str(value))
+        written = QUERY_OF_URL.sub(rf"\g<before>{HIDDEN}", written)
+        lines.append(f"{name.upper()}={quoted(written)}")
     return "\n".join(lines)
+
+
+def quoted(value: str) -> str:
+    """A value as `.env` has it. A shell would read most in the same way, but not a quote in one."""
+    if PLAIN_VALUE.fullmatch(value):
+        return value
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 async def check_models(registry: "ModelRegistry") -> bool:

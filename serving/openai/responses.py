@@ -15,7 +15,7 @@ from fastapi import Request, Response
 
 import models
 from backends.base import Backend, Generation, TextDelta
-from engine import InferenceError
+from engine import ConstraintFailed, InferenceError
 from serving.error_handlers import FAILURES, count_failure, failure_message
 from serving.errors import openai_error
 from serving.json_pieces import PiecewiseJson, json_pieces
@@ -116,6 +116,9 @@ class ResponseBuilder(ABC, Generic[Body]):
             yield "data: [DONE]\n\n"
         except FAILURES as error:
             count_failure(error)
+            if isinstance(error, ConstraintFailed):
+                yield event(openai_error(400, failure_message(error), param=error.field))
+                return
             status = 500 if isinstance(error, InferenceError) else 503
             yield event(openai_error(status, failure_message(error)))
 

@@ -159,7 +159,10 @@ IMPOSSIBLE = {"type": "integer", "minimum": 2, "maximum": 1}
 @pytest.mark.parametrize(
     ("asked", "reason"),
     [
-        ({"regex": f"({SECRET}"}, "regex is not valid"),
+        ({"regex": f"({SECRET}"}, "regex is not valid: unclosed group"),
+        ({"regex": f"({SECRET}\nerror: {SECRET}"}, "regex is not valid: unclosed group"),
+        ({"regex": "a\\\\\\"}, "regex is not valid: incomplete escape sequence"),
+        ({"regex": "a{99999999999}"}, "regex has a number that is too large"),
         ({"regex": f"a(?={SECRET})"}, "regex looks ahead or behind, which is not supported"),
         ({"grammar": f'start: a\na: {SECRET}'}, "grammar is not valid: line 2, column 4"),
         ({"grammar": f"root ::= {SECRET} ("}, "grammar is not valid"),
@@ -169,9 +172,15 @@ IMPOSSIBLE = {"type": "integer", "minimum": 2, "maximum": 1}
         ({"json": {"uniqueItems": True}}, "json has uniqueItems: not supported"),
         ({"json": {"type": "string", "format": SECRET}}, "json has a format that is not supported"),
         ({"json": {"$ref": f"https://example.com/{SECRET}"}}, "json refers to what is not in it"),
+        ({"json": {"$ref": f"#/$defs/{SECRET}"}}, "json refers to what is not in it"),
+        ({"json": {"oneOf": [{"type": "integer"}, {"type": "number"}]}},
+         "json has oneOf of parts that overlap, which is not supported: anyOf is"),
+        ({"json": {"type": "integer", "minimum": 10**30}}, "json has a number that is too large"),
+        ({"json": {"pattern": f"({SECRET}\nerror: {SECRET}"}},
+         "json is not valid: unclosed group"),
         ({"json": IMPOSSIBLE}, "json asks for what no text can be"),
         ({"json": {"enum": [SECRET * 3000]}}, "json has more than 16384 characters"),
-        ({"json": {"enum": json.loads("[" * 900 + "]" * 900)}}, "json is not valid"),
+        ({"json": {"enum": json.loads("[" * 900 + "]" * 900)}}, "json is nested too deeply"),
         ({"json": {"properties": {f"p{n}": {} for n in range(900)}}}, CANNOT_BE_FOLLOWED),
     ],
 )  # fmt: skip

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ import httpx
 import pytest
 
 from backends.base import Unreachable
-from serving.command import check_models
+from serving.command import check_models, described_settings
 from serving.settings import Settings
 from tests.support import FOLDER, NAME, ROOT, free_port, wait_until
 
@@ -39,6 +40,22 @@ def test_help_describes_every_setting_without_loading_torch() -> None:
         assert f"  --{name.replace('_', '-')} " in done.stdout
         assert str(field.description) in done.stdout
     assert " torch" not in done.stderr.replace("|", "")
+
+
+def test_described_settings_are_read_again_from_env_files(tmp_path: Path) -> None:
+    """Quotes were a shell's, which `.env` does not know: a setting with an apostrophe was left
+    out, and a template with one took the settings after it along. What follows a question mark
+    was hidden outside of URLs too."""
+    written = Settings(
+        _env_file=None,  # type: ignore[call-arg]
+        forbidden_words="it's,a#b",
+        chat_template='{{ "a\\n" }}\n{# who? one\'s #}',
+        log_level="ERROR",
+    )
+    (tmp_path / ".env").write_text(described_settings(written))
+    read = Settings(_env_file=tmp_path / ".env")  # type: ignore[call-arg]
+    told = {"forbidden_words", "chat_template", "log_level"}
+    assert read.model_dump(include=told) == written.model_dump(include=told)
 
 
 def test_show_settings_says_what_is_in_force_and_no_secret() -> None:
