@@ -41,8 +41,8 @@ def test_attention_in_blocks_is_that_in_one_piece() -> None:
 def test_attention_of_a_row_is_the_same_in_any_company() -> None:
     """Of three heads of ten numbers, outputs do not all begin at a multiple of 16 bytes; where that
     was so, a row's bits depended on its place."""
-    num_rows, sizes = 16, {"n_embd": 30, "n_head": 3, "n_layer": 1, "vocab_size": 64}
-    cache = KVCache(GPT2LMHeadModel(GPT2Config(**sizes, n_positions=64)), num_rows, 64)
+    num_rows, sizes = 16, {"n_embd": 30, "n_head": 3, "n_layer": 1, "n_positions": 64}
+    cache = KVCache(GPT2LMHeadModel(GPT2Config(**sizes)), num_rows, 64)
     cache.layers[0].copy_(torch.randn(cache.layers[0].shape))
     query, keys_values = torch.randn(num_rows, 3, 10), torch.randn(num_rows, 2, 3, 10)
 
