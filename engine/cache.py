@@ -294,6 +294,11 @@ class KVCache:
         for layer in self.layers:
             layer[:, target, :, :num_tokens] = layer[:, source, :, :num_tokens]
 
+    def clear_row(self, row: int) -> None:
+        """Leaves no NaN in a row: one that no query sees counts too, as zero times NaN is NaN."""
+        for layer in self.layers:
+            layer[:, row] = 0
+
 
 def _block_mask(max_model_len: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(PREFIX_BLOCK_TOKENS, max_model_len) to be added to weights: its last rows and columns are
