@@ -9,7 +9,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest -n 3 --dist loadfile
 
-.PHONY: help run test check test-processors test-clients test-media run-ray test-ray bench soak clean
+.PHONY: help run test check test-processors test-clients install-media test-media run-ray test-ray bench soak clean
 
 help:
 	@echo 'make run     start the service on http://$(HOST):$(PORT); HOST=… and PORT=… change that'
@@ -17,6 +17,7 @@ help:
 	@echo 'make check   check format, lint and types, then run the tests'
 	@echo 'make test-processors tests the service as on processors with less'
 	@echo 'make test-clients tests it with other people'"'"'s clients, which it installs'
+	@echo 'make install-media adds what sounds, pictures, videos and shapes need (docs/media.md)'
 	@echo 'make test-media tests sounds, pictures, videos and shapes (docs/media.md)'
 	@echo 'make run-ray replicas behind Ray Serve on http://127.0.0.1:8000; make test-ray tests that'
 	@echo 'make bench   measure the service; BENCH_ARGS=… is passed on'
@@ -49,6 +50,8 @@ test-processors: $(VENV)/.test
 
 test-clients: $(VENV)/.test
 	$(PY) -m pytest -m clients
+
+install-media: $(VENV)/.media
 
 test-media: $(VENV)/.test $(VENV)/.media
 	$(PY) -m pytest -m media

@@ -59,6 +59,7 @@ from serving.browsers import (
     read_allowed_hosts,
     read_cors_origins,
 )
+from serving.checkpoint import load_tokenizer, load_weights
 from serving.content_filter import ContentFilter
 from serving.documentation import ERRORS, EVENTS, document_app, operation_id
 from serving.error_handlers import add_error_handlers
@@ -110,7 +111,9 @@ precision = choose_precision(settings)
 
 def load_pipeline(source: str) -> Any:
     """A text-generation pipeline from a folder or a Hugging Face id."""
-    return pipeline("text-generation", model=source, **precision)
+    model, tokenizer = load_weights(source, precision["dtype"]), load_tokenizer(source)
+    device = precision["device"]
+    return pipeline("text-generation", model=model, tokenizer=tokenizer, device=device)
 
 
 registry = load_models(settings, content_filter, load_pipeline)

@@ -23,7 +23,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError, PydanticKnownError
+from pydantic_core import PydanticCustomError, PydanticKnownError, PydanticUndefined
 
 from neutral_values import (
     NEUTRAL_IMAGE_VALUES,
@@ -32,6 +32,7 @@ from neutral_values import (
     NEUTRAL_VALUES,
     drop_neutral,
     under_known_names,
+    with_order_of_samplers,
 )
 
 MAX_PROMPT_CHARACTERS = 500
@@ -117,7 +118,7 @@ T = TypeVar("T")
 Left = Annotated[T | None, _LeftOut()]
 
 
-def _in_one_message(message: str) -> WrapValidator:
+def _in_one_message(message: str, documented_type: Any = PydanticUndefined) -> WrapValidator:
     """One message for a union, instead of one for each of its members, unless a list is too
     long."""
 
@@ -132,7 +133,7 @@ def _in_one_message(message: str) -> WrapValidator:
                 raise PydanticKnownError("too_long", problem["ctx"])
         raise ValueError(message)
 
-    return WrapValidator(validate)
+    return WrapValidator(validate, json_schema_input_type=documented_type)
 
 
 class _Strict(BaseModel):
@@ -234,9 +235,16 @@ Grammar = Annotated[str, _bounded(MAX_GRAMMAR_CHARACTERS), AfterValidator(_plain
 JsonSchema = Annotated[
     dict[str, Any] | Grammar,
     _in_one_message(
-        f"must be a JSON schema, an object or its text of up to {MAX_GRAMMAR_CHARACTERS} characters"
+        f"must be a JSON schema, an object or its text of up to {MAX_GRAMMAR_CHARACTERS} "
+        "characters",
+        # Of unions with an object in them, generators make classes that do not compile.
+        documented_type=dict[str, Any],
     ),
 ]
+
+
+def _without_constant(schema: dict[str, Any]) -> None:
+    del schema["const"]
 
 
 class StructuredOutputs(_Strict):
@@ -261,7 +269,12 @@ class StructuredOutputs(_Strict):
         "but those that it names, in its order.",
         examples=[{"type": "object", "properties": {"age": {"type": "integer"}}}],
     )
-    json_object: Left[Literal[True]] = Field(default=None, description="Any JSON object.")
+    json_object: Left[Literal[True]] = Field(
+        default=None,
+        description="True: any JSON object.",
+        # Of a constant that is no string, generators make an enumeration that does not compile.
+        json_schema_extra=_without_constant,
+    )
     grammar: Left[Grammar] = Field(
         default=None,
         description="A text of this grammar, in llama.cpp's GBNF or in Lark's form.",
@@ -572,6 +585,11 @@ class OpenAIRequest(ModelChoice, Structured, SamplingFields):
         le=1,
         description="Drops tokens less likely than this times the likeliest one.",
     )
+    temperature_last: bool = Field(
+        default=False,
+        description="Let `top_k`, `top_p` and `min_p` go by the model's own probabilities, and "
+        "apply the temperature to what they keep.",
+    )
     min_tokens: int = Field(default=0, ge=0, description="No end before so many tokens.")
     ignore_eos: bool = Field(default=False, description="Generate past the end of the text.")
     logit_bias: Annotated[
@@ -630,7 +648,7 @@ class OpenAIRequest(ModelChoice, Structured, SamplingFields):
         if not isinstance(body, dict) or len(body) > MAX_FIELDS:
             return body
         fields = {name: value for name, value in body.items() if value is not None}
-        fields = under_known_names(fields)
+        fields = with_order_of_samplers(under_known_names(fields))
         return drop_neutral(fields, cls.model_fields, NEUTRAL_VALUES)
 
 
@@ -766,9 +784,12 @@ class TokenizeRequest(ModelChoice):
     )
 
     prompt: Left[Text] = Field(default=None, description="A text, however long a body may be.")
-    messages: Left[
-        Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    ] = Field(default=None, description="Or a conversation, by the model's chat template.")
+    messages: Left[Annotated[list[ChatMessage], Field(max_length=MAX_MESSAGES, fail_fast=True)]] = (
+        Field(
+            default=None,
+            description="Or a conversation, by the model's chat template; an empty list is none.",
+        )
+    )
     add_special_tokens: Left[bool] = Field(
         default=None,
         description="Put the tokens around it that the tokenizer has for that. Left out: around a "
@@ -786,7 +807,9 @@ class TokenizeRequest(ModelChoice):
     def _drop_what_changes_nothing(cls, body: Any) -> Any:
         if not isinstance(body, dict) or len(body) > MAX_FIELDS:
             return body
-        return drop_neutral(body, cls.model_fields, NEUTRAL_VALUES)
+        # Java clients that openapi-generator makes send an empty list for one that was not set.
+        fields = {name: body[name] for name in body if (name, body[name]) != ("messages", [])}
+        return drop_neutral(fields, cls.model_fields, NEUTRAL_VALUES)
 
     @model_validator(mode="after")
     def _is_of_one_kind(self) -> "TokenizeRequest":
@@ -1217,3 +1240,14 @@ class SpeechRequest(_Media):
         if not isinstance(body, dict):
             return body
         return drop_neutral(body, cls.model_fields, NEUTRAL_SPEECH_VALUES)
+
+
+def build_media_schemas() -> None:
+    """To be called before a route takes one of them: FastAPI keeps back what pydantic warns of
+    while it makes a route, but not while a deferred schema is built later on."""
+    for schema in (
+        AudioQuery, AudioRequest, ImageQuery, ImageRequest, VideoQuery, VideoRequest, ShapeQuery,
+        ShapeRequest, ImageGenerationRequest, SpeechRequest,
+    ):  # fmt: skip
+        schema.model_config["defer_build"] = False
+        schema.model_rebuild()

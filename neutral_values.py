@@ -5,6 +5,7 @@ a client that sends all fields of another server mostly sends the values that as
 """
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,7 +44,7 @@ NEUTRAL_VALUES: dict[str, Any] = {
                      "dry_sequence_breakers", "mirostat_tau", "mirostat_eta"], ANYTHING),
     "typical_p": [1], "tfs_z": [1], "top_n_sigma": [0, -1], "xtc_probability": [0],
     "dry_multiplier": [0], "dynatemp_range": [0], "mirostat": [0], "min_keep": [0],
-    "grammar": [""], "json_schema": [{}], "lora": [[]], "samplers": [[]], "n_indent": [0],
+    "grammar": [""], "json_schema": [{}], "lora": [[]], "n_indent": [0],
     "timings_per_token": [False], "return_progress": [False], "return_tokens": [False],
     "post_sampling_probs": [False],
     # text-generation-webui, and what SillyTavern and mikupad send to all servers of its kind
@@ -56,9 +57,8 @@ NEUTRAL_VALUES: dict[str, Any] = {
     "encoder_repetition_penalty": [1], "no_repeat_ngram_size": [0], "num_beams": [1],
     "min_length": [0], "max_tokens_second": [0], "add_bos_token": [True],
     "banned_tokens": ["", []], "banned_strings": [[]], "custom_token_bans": ["", []],
-    "grammar_string": [""], "sampler_order": [[]], "sampler_priority": [[]],
-    "temperature_last": [False], "do_sample": [True], "rep_pen_slope": [1],
-    "repetition_decay": [0],
+    "grammar_string": [""], "do_sample": [True], "rep_pen_slope": [1], "repetition_decay": [0],
+    "trim_stop": [True], "adaptive_target": [-0.01, -1],
     # Open WebUI and other chat clients
     **dict.fromkeys(["chat_id", "session_id", "message_id", "parent_id", "conversation_id", "id",
                      "features", "variables", "background_tasks", "model_item"], ANYTHING),
@@ -66,16 +66,26 @@ NEUTRAL_VALUES: dict[str, Any] = {
 }  # fmt: skip
 # What changes nothing, whatever it says, while another field has this value.
 NEUTRAL_WHILE = {
-    "do_sample": ("temperature", 0), "temperature_last": ("temperature", 1),
-    "rep_pen_slope": ("repetition_penalty", 1), "repetition_decay": ("repetition_penalty", 1),
+    "do_sample": ("temperature", 0), "rep_pen_slope": ("repetition_penalty", 1),
+    "repetition_decay": ("repetition_penalty", 1),
 }  # fmt: skip
+# In which order samplers follow on each other: in the fields of llama.cpp, text-generation-webui
+# and KoboldCpp. Those that are not among these letters are off.
+MAX_SAMPLERS = 100
+ORDERS_OF_SAMPLERS = ("samplers", "sampler_priority", "sampler_order")
+SAMPLER_LETTERS = {
+    **dict.fromkeys(["penalties", "repetition_penalty", "presence_penalty", "frequency_penalty", 6],
+                    "r"),
+    "temperature": "t", 5: "t", "top_k": "k", 0: "k", "top_p": "p", 2: "p", "min_p": "m",
+}  # fmt: skip
+TEMPERATURE_FIRST, TEMPERATURE_LAST = re.compile("r*tkpm?"), re.compile("r*kpm?t")
 # Other names of fields. Some clients send one thing under several, to be understood everywhere.
 OTHER_NAMES = {
     "max_new_tokens": "max_tokens", "n_predict": "max_tokens", "num_predict": "max_tokens",
     "rep_pen": "repetition_penalty", "repeat_penalty": "repetition_penalty",
     "rep_pen_range": "repetition_penalty_range", "repeat_last_n": "repetition_penalty_range",
     "sampler_seed": "seed", "stopping_strings": "stop", "stop_sequence": "stop",
-    "ban_eos_token": "ignore_eos",
+    "ban_eos_token": "ignore_eos", "n_probs": "logprobs",
 }  # fmt: skip
 # The same as NEUTRAL_VALUES of a message in a conversation.
 NEUTRAL_MESSAGE_VALUES: dict[str, Any] = {
@@ -117,7 +127,7 @@ def drop_neutral(
             raise unsupported(name, neutral[name])
     return {
         name: value
-        for name, value in fields.items()
+        for name, value in sorted(fields.items())  # so that of unknown ones the same is named
         if name not in neutral or (name in known and neutral[name] is not ANYTHING)
     }
 
@@ -133,4 +143,26 @@ def under_known_names(fields: dict[str, Any]) -> dict[str, Any]:
         if fields.setdefault(OTHER_NAMES[name], value) != value:
             reason = f"must be the same as {OTHER_NAMES[name]}, of which it is another name"
             raise PydanticCustomError("two_values", reason, {"param": name})
+    return fields
+
+
+def with_order_of_samplers(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields with `temperature_last` in place of orders of samplers. Raises for an order that
+    cannot be kept."""
+    fields = dict(fields)
+    for name in ORDERS_OF_SAMPLERS:
+        order = fields.pop(name, None)
+        if not order:
+            continue
+        is_list = isinstance(order, list) and len(order) <= MAX_SAMPLERS
+        known = [each for each in order if isinstance(each, int | str)] if is_list else []
+        letters = "".join(SAMPLER_LETTERS.get(each, "") for each in known)
+        if TEMPERATURE_LAST.fullmatch(letters):
+            fields["temperature_last"] = True
+        elif not TEMPERATURE_FIRST.fullmatch(letters):
+            reason = (
+                "not supported but with penalties first, then top_k, top_p and min_p, and "
+                "temperature before or after these three"
+            )
+            raise PydanticCustomError("unsupported", reason, {"param": name})
     return fields

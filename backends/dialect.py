@@ -20,8 +20,8 @@ OTHER_NAMES = {
 # `stop`, HeldText sees to that. A refusal of any other field stays one.
 CAN_BE_LEFT_OUT = {
     "temperature", "top_p", "top_k", "min_p", "random_seed", "presence_penalty",
-    "frequency_penalty", "repetition_penalty", "logit_bias", "min_tokens", "ignore_eos", "stop",
-    "stream", "stream_options",
+    "frequency_penalty", "repetition_penalty", "repetition_penalty_range", "temperature_last",
+    "logit_bias", "min_tokens", "ignore_eos", "stop", "stream", "stream_options",
 }  # fmt: skip
 
 

@@ -51,7 +51,7 @@ from backends.chunks import (
 )
 from backends.dialect import Route, TakesOne
 from backends.held_text import HeldText
-from backends.reader import Pieces, Reader
+from backends.reader import Pieces, Reader, find_in_pieces, read_in_pieces
 from backends.upstream import Upstream
 from engine import (
     EngineError,
@@ -72,6 +72,11 @@ END = UpstreamChoice(finish_reason="stop")  # what [DONE] says of a text
 TAIL_SECONDS = 1.0  # what follows the last text gets this long: the usage, the stream's end
 # Fields of the client's body that the other server gets in another form, or not at all.
 OUR_FIELDS = {"model", "stream", "stream_options", "best_of"}
+# Extensions that it gets only where they ask for something: some servers know none of them.
+EXTENSIONS = {
+    "temperature_last", "repetition_penalty_range", "min_tokens", "ignore_eos", "stop_token_ids",
+    "include_stop_str_in_output", "return_token_ids",
+}  # fmt: skip
 MOST_TOKENS = {"max_tokens", "max_completion_tokens"}
 STOPS_STAY = ("echo", "min_tokens", "include_stop_str_in_output")  # fields that leave them in
 NUM_AT_ONCE = 8  # requests for one of our own, where the other server makes one text a request
@@ -357,6 +362,9 @@ class ExternalBackend(Backend):
         self.log_prompts(texts)
         # A null stands for a seed that is to be drawn.
         sent = body.model_dump(exclude_unset=True, exclude_none=True, exclude=OUR_FIELDS) | changes
+        for name in EXTENSIONS & sent.keys():
+            if sent[name] == type(body).model_fields[name].default:
+                del sent[name]
         if route == "chat/completions" and body.most_tokens is None:  # as is said by leaving it out
             sent = {name: sent[name] for name in sent if name not in MOST_TOKENS}
         num_sequences = sent.get("n", 1)
@@ -375,14 +383,16 @@ class ExternalBackend(Backend):
     ) -> Pieces[None]:
         """Raises ForbiddenPrompt; else the choices know what they follow on."""
         for text in texts:
-            if holds_forbidden_word(self.content_filter, text):
+            if (yield from find_in_pieces(self.content_filter, text)):
                 raise ForbiddenPrompt("prompt" if route == "completions" else "messages")
             yield
+        if not self.text_filter:
+            return
         num_sequences = len(held) // len(before)
         for at, text in enumerate(before):
-            reading = self._read_prompt(text)
+            reading = yield from read_in_pieces(self.text_filter, text)
             for choice in held[at * num_sequences : (at + 1) * num_sequences]:
-                choice.reading = reading and reading.copy()
+                choice.reading = reading.copy()
             yield
 
     def _read_prompt(self, prompt: str) -> TextReading | None:

@@ -27,13 +27,12 @@ from backends.base import (
     TextDelta,
     Tokens,
     check_num_sequences,
-    holds_forbidden_word,
     new_token_budget,
 )
 from backends.conversations import as_template_reads, find_turn_ends, texts_of
 from backends.generation_config import AuthorsDefaults
 from backends.logprobs import ChoiceLogprobs, TokenSpelling
-from backends.reader import Pieces, Reader, read_at_once
+from backends.reader import Pieces, Reader, find_in_pieces, read_at_once, read_in_pieces
 from backends.structure import StructureCompiler, read_structure
 from engine import (
     Constraint,
@@ -49,6 +48,7 @@ from engine import (
 )
 
 PIECE_TOKENS = 10_000  # that are looked up before others have their turn
+MAX_PROMPT_LOGPROBS = 500_000  # in an answer, which is about 35 MB then, and 200 more to make it
 
 LogPrompts = Callable[[str | list[str]], None]
 
@@ -239,6 +239,7 @@ class LocalBackend(Backend):
             reading = self._completion_prompts(body)
             texts, prompts = await self.reader.read(client, deadline, body.prompts, reading)
             num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+            check_num_logprobs(body, sampling, num_prompt_tokens * body.num_drawn)
             rooms = (self._num_new_tokens(prompt, body.most_tokens) for prompt in prompts)
             await client.reserve(num_prompt_tokens, body.num_drawn * sum(rooms))
             salt = (client.key_name, body.cache_salt or "")
@@ -273,6 +274,7 @@ class LocalBackend(Backend):
                 body, most_tokens, num_logprobs, turn_ends=self.turn_ends
             )
             sampling = await self._constrained(sampling, body.structure, client, deadline)
+            check_num_logprobs(body, sampling, num_prompt_tokens * body.n)
             num_new_tokens = self._num_new_tokens(prompt, most_tokens)
             await client.reserve(num_prompt_tokens, body.n * num_new_tokens)
             salt = (client.key_name, body.cache_salt or "")
@@ -372,6 +374,7 @@ class LocalBackend(Backend):
         return SamplingParams(
             **sampling,
             max_new_tokens=max_tokens,
+            temperature_last=body.temperature_last,
             repetition_penalty_range=max(0, body.repetition_penalty_range),
             presence_penalty=body.presence_penalty,
             frequency_penalty=body.frequency_penalty,
@@ -522,14 +525,32 @@ class LocalBackend(Backend):
         if not token_ids:
             raise InvalidField(field, "must hold at least one token")
         if max(token_ids) >= self.vocab_size:
-            reason = f"holds a special token that is not among the model's {self.vocab_size}"
+            reason = f"holds a token that is not among the model's {self.vocab_size}"
             raise InvalidField(field, reason)
         read = self.tokenizer.decode(token_ids, skip_special_tokens=True)
         for text in dict.fromkeys([*texts, read]):
-            if holds_forbidden_word(self.content_filter, text):
+            if (yield from find_in_pieces(self.content_filter, text)):
                 raise ForbiddenPrompt(field)
             yield
-        return self.engine.read_prompt(token_ids)
+        text_filter = self.engine.output.text_filter
+        reading = (yield from read_in_pieces(text_filter, read)) if text_filter else None
+        return Prompt(token_ids, reading)
+
+
+def check_num_logprobs(
+    body: models.OpenAIRequest, sampling: SamplingParams, num_positions: int
+) -> None:
+    """Raises InvalidField for more log probabilities of prompts than an answer may hold;
+    num_positions: tokens of all prompts, for each choice."""
+    if sampling.num_prompt_logprobs is None:
+        return
+    if num_positions * (sampling.num_prompt_logprobs + 1) > MAX_PROMPT_LOGPROBS:
+        field = "logprobs" if body.prompt_logprobs is None else "prompt_logprobs"
+        reason = (
+            f"at most {MAX_PROMPT_LOGPROBS} of all prompts together, for each choice: send fewer "
+            "prompts, or ask for fewer of each token"
+        )
+        raise InvalidField(field, reason)
 
 
 LogprobsForm = Literal["completion", "chat"] | None
@@ -569,6 +590,7 @@ class LocalGeneration(Generation):
         self.strips_start = strips_start
         self._num_completion_tokens = 0
         self._logprobs: dict[int, ChoiceLogprobs] = {}  # of each choice that has begun
+        self._prompts: dict[int, PromptTokens] = {}  # by request, as far as they are told
         self._with_text: set[int] = set()  # choices of which a client has more than nothing
 
     @property
@@ -603,7 +625,7 @@ class LocalGeneration(Generation):
         try:
             async with aclosing(stream) as deltas:
                 async for delta in deltas:
-                    yield self._text_delta(delta, is_first=delta.index not in begun)
+                    yield await self._text_delta(delta, is_first=delta.index not in begun)
                     begun.add(delta.index)
                     if (
                         self.logprobs_form or self.tells_prompt
@@ -615,7 +637,7 @@ class LocalGeneration(Generation):
     def abort(self) -> None:
         self.backend.engine.abort(*self.requests)
 
-    def _text_delta(self, delta: Delta, is_first: bool) -> TextDelta:
+    async def _text_delta(self, delta: Delta, is_first: bool) -> TextDelta:
         self._num_completion_tokens += len(delta.token_ids)
         text, logprobs, prompt = delta.text, None, None
         at = delta.index // self.requests[0].num_sequences
@@ -631,9 +653,9 @@ class LocalGeneration(Generation):
                 self._logprobs[delta.index] = ChoiceLogprobs(self.backend.spelling)
             written = self._logprobs[delta.index]
             if self.logprobs_form == "chat":
-                logprobs = written.chat(delta)
+                logprobs = await written.chat(delta)
             else:
-                logprobs = written.completion(delta, prompt, self.num_top)
+                logprobs = await written.completion(delta, prompt, self.num_top)
         return TextDelta(
             delta.index,
             text,
@@ -642,10 +664,14 @@ class LocalGeneration(Generation):
             delta.finish_reason,
             delta.stop_reason,
             delta.token_ids,
-            self._prompt_tokens(self.requests[at]) if self.tells_prompt and is_first else None,
+            await self._prompt_tokens(at) if self.tells_prompt and is_first else None,
         )
 
-    def _prompt_tokens(self, request: EngineRequest) -> PromptTokens:
-        has_logprobs = request.params.ranks_prompt
-        logprobs = self.backend.spelling.of_prompt(request) if has_logprobs else None
-        return PromptTokens(request.prompt_token_ids, logprobs)
+    async def _prompt_tokens(self, at: int) -> PromptTokens:
+        """Of a request; spelled once, whatever number of choices tells them."""
+        if at not in self._prompts:
+            request = self.requests[at]
+            has_logprobs = request.params.ranks_prompt
+            logprobs = await self.backend.spelling.of_prompt(request) if has_logprobs else None
+            self._prompts[at] = PromptTokens(request.prompt_token_ids, logprobs)
+        return self._prompts[at]

@@ -1,10 +1,11 @@
 """Log probabilities of a local model's tokens in OpenAI's form."""
 
+import asyncio
 import codecs
 import re
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -14,6 +15,16 @@ from engine import Delta, EngineRequest, PositionLogprobs, TextFilter
 BYTE_NAME = re.compile("<0x([0-9A-F]{2})>")  # as SentencePiece calls a token of a single byte
 BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
 NUM_CACHED_TOKENS = 1 << 16
+PIECE_TOKENS = 200  # that are spelled before others have their turn, each with up to 20 more
+
+T = TypeVar("T")
+
+
+async def pieces_of(values: Sequence[T]) -> AsyncGenerator[Sequence[T]]:
+    for start in range(0, len(values), PIECE_TOKENS):
+        if start:
+            await asyncio.sleep(0)
+        yield values[start : start + PIECE_TOKENS]
 
 
 class TokenSpelling:
@@ -66,7 +77,7 @@ class TokenSpelling:
         """The likeliest tokens, or so many of them, without those that are forbidden words."""
         return [(id_, lp) for id_, lp in token.top[:num_top] if not self.is_forbidden(id_)]
 
-    def of_prompt(self, request: EngineRequest) -> list[dict[str, Any] | None]:
+    async def of_prompt(self, request: EngineRequest) -> list[dict[str, Any] | None]:
         """models.PromptLogprob of each token of a prompt and of the likeliest ones in its place,
         by their ids; None for the first. Like vLLM's, the prompt's own comes first."""
 
@@ -74,16 +85,19 @@ class TokenSpelling:
             text = self.raw_bytes(token_id).decode(errors="replace")
             return {"logprob": logprob, "rank": rank, "decoded_token": text}
 
-        told: list[dict[str, Any] | None] = [None]
-        for token in request.prompt_logprobs or []:
-            at_position = {str(token.token_id): written(token.token_id, token.logprob, token.rank)}
+        def at_position(token: PositionLogprobs) -> dict[str, Any]:
+            told = {str(token.token_id): written(token.token_id, token.logprob, token.rank)}
             for rank, (token_id, logprob) in enumerate(token.top, start=1):
                 if not self.is_forbidden(token_id):
-                    at_position.setdefault(str(token_id), written(token_id, logprob, rank))
-            told.append(at_position)
-        return told
+                    told.setdefault(str(token_id), written(token_id, logprob, rank))
+            return told
 
-    def offsets(self, text: str, token_ids: Sequence[int]) -> list[int]:
+        of_all: list[dict[str, Any] | None] = [None]
+        async for piece in pieces_of(request.prompt_logprobs or []):
+            of_all += map(at_position, piece)
+        return of_all
+
+    async def offsets(self, text: str, token_ids: Sequence[int]) -> list[int]:
         """Where in a prompt's text each of its tokens begins, in characters.
 
         What the text does not show takes no room there: a begin-of-text token, or a space, that
@@ -91,21 +105,22 @@ class TokenSpelling:
         """
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         offsets, at = [], 0
-        for token_id in token_ids:
-            offsets.append(min(at, len(text)))
-            is_special = token_id in self.special_ids
-            raw = self.raw_bytes(token_id)
-            written = raw.decode() if is_special else decoder.decode(raw)
-            if text.startswith(written, at):
-                at += len(written)
-                continue
-            behind_blanks = at
-            while text[behind_blanks : behind_blanks + 1].isspace():
-                behind_blanks += 1
-            if text.startswith(written.lstrip(" "), behind_blanks):
-                at = behind_blanks + len(written.lstrip(" "))
-            elif not is_special:  # the tokenizer has normalized it
-                at += len(written)
+        async for piece in pieces_of(token_ids):
+            for token_id in piece:
+                offsets.append(min(at, len(text)))
+                is_special = token_id in self.special_ids
+                raw = self.raw_bytes(token_id)
+                written = raw.decode() if is_special else decoder.decode(raw)
+                if text.startswith(written, at):
+                    at += len(written)
+                    continue
+                behind_blanks = at
+                while text[behind_blanks : behind_blanks + 1].isspace():
+                    behind_blanks += 1
+                if text.startswith(written.lstrip(" "), behind_blanks):
+                    at = behind_blanks + len(written.lstrip(" "))
+                elif not is_special:  # the tokenizer has normalized it
+                    at += len(written)
         return offsets
 
 
@@ -122,7 +137,7 @@ class ChoiceLogprobs:
         self.num_echoed_characters = 0  # of the prompt
         self.num_characters = 0  # of text so far, the echo included
 
-    def completion(
+    async def completion(
         self, delta: Delta, prompt: tuple[str, EngineRequest] | None, num_top: int | None = None
     ) -> dict[str, Any]:
         """models.CompletionLogprobs. prompt: one to be echoed, whose first token has none; num_top:
@@ -135,28 +150,29 @@ class ChoiceLogprobs:
             self.num_characters = self.num_echoed_characters = len(text)
             tokens += request.prompt_logprobs or []
             first_token_id = request.prompt_token_ids[0]
-            offsets += self.spelling.offsets(text, request.prompt_token_ids)
+            offsets += await self.spelling.offsets(text, request.prompt_token_ids)
         self.num_characters += len(delta.text)
         offsets += [
             min(self.num_echoed_characters + token.text_offset, self.num_characters)
             for token in delta.logprobs
         ]
         tokens += delta.logprobs
-        token_ids = [token.token_id for token in tokens]
-        token_logprobs: list[float | None] = [token.logprob for token in tokens]
-        top: list[dict[str, float] | None] = [self._top(token, num_top) for token in tokens]
-        if first_token_id is not None:
-            token_ids.insert(0, first_token_id)
-            token_logprobs.insert(0, None)
-            top.insert(0, None)
+        has_first = first_token_id is not None
+        spelled = [self.spelling.text(first_token_id)] if first_token_id is not None else []
+        token_logprobs: list[float | None] = [None] if has_first else []
+        top: list[dict[str, float] | None] = [None] if has_first else []
+        async for piece in pieces_of(tokens):
+            spelled += [self.spelling.text(token.token_id) for token in piece]
+            token_logprobs += [token.logprob for token in piece]
+            top += [self._top(token, num_top) for token in piece]
         return {
-            "tokens": [self.spelling.text(token_id) for token_id in token_ids],
+            "tokens": spelled,
             "token_logprobs": token_logprobs,
             "top_logprobs": top,
             "text_offset": offsets,
         }
 
-    def chat(self, delta: Delta) -> dict[str, Any]:
+    async def chat(self, delta: Delta) -> dict[str, Any]:
         """models.ChatLogprobs."""
 
         def written(token_id: int, logprob: float) -> dict[str, Any]:
@@ -166,11 +182,13 @@ class ChoiceLogprobs:
                 "bytes": list(self.spelling.raw_bytes(token_id)),
             }
 
-        content = [
-            written(token.token_id, token.logprob)
-            | {"top_logprobs": [written(*each) for each in self.spelling.alternatives(token)]}
-            for token in delta.logprobs
-        ]
+        content: list[dict[str, Any]] = []
+        async for piece in pieces_of(delta.logprobs):
+            content += [
+                written(token.token_id, token.logprob)
+                | {"top_logprobs": [written(*each) for each in self.spelling.alternatives(token)]}
+                for token in piece
+            ]
         return {"content": content, "refusal": None}
 
     def _top(self, token: PositionLogprobs, num_top: int | None) -> dict[str, float]:

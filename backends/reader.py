@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from backends.base import Client, Deadline
+from engine import TextFilter, TextReading
 
 # So much is read on the event loop, in less than a millisecond.
 SHORT_CHARACTERS = 600
 PROMPT_CHARACTERS = 50  # count as much as a prompt itself, however short
+PIECE_CHARACTERS = 5_000  # that are filtered before others have their turn, in up to 50 ms
 
 T = TypeVar("T")
 Pieces = Generator[None, None, T]  # work that can be left off at each `yield`
@@ -103,3 +105,28 @@ def read_at_once(pieces: Pieces[T]) -> T:
         except StopIteration as end:
             result: T = end.value
             return result
+
+
+def find_in_pieces(text_filter: TextFilter, text: str) -> Pieces[bool]:
+    """Whether a whole text holds a forbidden word."""
+    reading = text_filter.read("")
+    for start in range(0, len(text), PIECE_CHARACTERS):
+        if start:
+            yield
+        reading.append(text[start : start + PIECE_CHARACTERS])
+        hit, safe = reading.scan(None, final=False)
+        if hit:
+            return True
+        reading.forget(safe)
+    return reading.scan(None, final=True)[0] is not None
+
+
+def read_in_pieces(text_filter: TextFilter, text: str) -> Pieces[TextReading]:
+    """A text that will be read on."""
+    reading = text_filter.read("")
+    for start in range(0, len(text), PIECE_CHARACTERS):
+        if start:
+            yield
+        reading.append(text[start : start + PIECE_CHARACTERS])
+        reading.forget(reading.scan(None, final=False)[1])
+    return reading

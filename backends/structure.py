@@ -21,6 +21,8 @@ NUM_CACHED_STRUCTURES = 64
 # Whatever a client has made up, a mask takes some milliseconds at most and its automaton some
 # megabytes: docs/structured.md.
 MAX_STEP_ITEMS, MAX_STEP_FUEL, MAX_LEXER_STATES = 2000, 50_000, 20_000
+# To begin with: `((a{100}){100}){100}`, of 20 characters, has a million nodes, and 180 MB.
+MAX_INITIAL_FUEL = 30_000
 # What may stand between the parts of JSON. By default at most one blank, behind a comma or a colon:
 # JSON may have blanks and line ends without end, and a small model likes to write them.
 COMPACT = {"whitespace_flexible": False}
@@ -168,6 +170,7 @@ class StructureCompiler:
         limits = LLParserLimits(
             step_max_items=MAX_STEP_ITEMS,
             step_lexer_fuel=MAX_STEP_FUEL,
+            initial_lexer_fuel=MAX_INITIAL_FUEL,
             max_lexer_states=MAX_LEXER_STATES,
             verbose_errors=False,
         )

@@ -70,6 +70,7 @@ class SamplingParams:
     top_k: int = 0  # >= 0; 0 keeps every token
     top_p: float = 1.0  # (0, 1]; 1 keeps every token
     min_p: float = 0.0  # [0, 1]; drops tokens less likely than min_p times the likeliest
+    temperature_last: bool = False  # top_k, top_p and min_p go by probabilities at temperature 1
     repetition_penalty: float = 1.0  # > 0; of tokens in prompt or output (CTRL, Keskar et al. 2019)
     repetition_penalty_range: int = 0  # of so many last ones; 0: of all
     presence_penalty: float = 0.0  # subtracted once from the logit of a token in the output

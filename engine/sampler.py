@@ -210,9 +210,22 @@ def _column(values: Iterable[float], device: torch.device) -> Tensor:
     return torch.tensor(list(values), dtype=torch.float64, device=device)[:, None]
 
 
+def _temperatures(seqs: SequenceOf[Sequence], device: torch.device) -> Tensor:
+    """At which the tokens are chosen that one is drawn of, (B, 1) float64."""
+    params = (seq.params for seq in seqs)
+    return _column((1.0 if p.temperature_last else p.temperature for p in params), device)
+
+
+def _apply_last_temperatures(weights: Tensor, seqs: SequenceOf[Sequence]) -> None:
+    """To the rows of weights (B, any) that were chosen from without a temperature, in place."""
+    for row, seq in enumerate(seqs):
+        if seq.params.temperature_last:
+            weights[row].pow_(1 / seq.params.temperature)
+
+
 def _weights(logits: Tensor, largest: Tensor, seqs: SequenceOf[Sequence]) -> Tensor:
     """What each token weighs, (B, vocab) float32; the likeliest 1. largest: logit, (B, 1)."""
-    temperatures = _column((seq.params.temperature for seq in seqs), logits.device).float()
+    temperatures = _temperatures(seqs, logits.device).float()
     # A temperature that float32 rounds to 0 must not divide 0 by 0.
     temperatures.clamp_(min=torch.finfo(torch.float32).tiny)
     return (logits - largest).div_(temperatures).exp_()
@@ -254,6 +267,7 @@ def _draw_of_all(
             _keep_likeliest(each, each.clone(), seq.params.top_p * everything)
     if any(seq.params.min_p for seq in seqs):
         weights[weights < _column((seq.params.min_p for seq in seqs), weights.device).float()] = 0
+    _apply_last_temperatures(weights, seqs)
     blocks = F.pad(weights, (0, -weights.shape[1] % BLOCK_TOKENS)).view(len(seqs), -1, BLOCK_TOKENS)
     ends = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
     targets = _column(draws, weights.device) * ends[:, -1:]
@@ -294,7 +308,7 @@ def _draw_of_likeliest(
 ) -> list[int | None]:
     """The same from the `width` likeliest tokens, and from all where these are not enough."""
     device, vocab_size = logits.device, logits.shape[1]
-    temperatures = _column((seq.params.temperature for seq in seqs), device)
+    temperatures = _temperatures(seqs, device)
     top_k = _column((seq.params.top_k or vocab_size for seq in seqs), device)
     top_p = _column((seq.params.top_p for seq in seqs), device)
     values, ids = _likeliest(logits, width)
@@ -310,6 +324,7 @@ def _draw_of_likeliest(
         is_cut = (cumulative[:, -1:] < top_p * total).nonzero()[:, 0].tolist()
     weights[cumulative - weights >= top_p * total] = 0
     weights[weights < _column((seq.params.min_p for seq in seqs), device)] = 0
+    _apply_last_temperatures(weights, seqs)
     cumulative = weights.cumsum(dim=-1)
     targets = _column(draws, device) * cumulative[:, -1:]
     drawn = torch.searchsorted(cumulative, targets, right=True)

@@ -22,7 +22,10 @@ class ImageMaker(DiffusionMaker):
         dtype = pick_device()[1]
         pipeline = from_cache_or_hub(AutoPipelineForText2Image.from_pretrained, source, dtype=dtype)
         if lora:
-            add_lora(pipeline, lora)
+            try:
+                add_lora(pipeline, lora)
+            except Exception as error:  # of many libraries, each with errors of its own
+                raise ValueError(f"the weights of IMAGE_LORA: {error}") from error
         super().__init__(pipeline)
 
     def make(self, fields: dict[str, Any], on_step: OnStep) -> Made:
@@ -56,7 +59,7 @@ def add_lora(pipeline: Any, source: str) -> None:
     if Path(source).is_dir():
         files = list(Path(source).glob("*.safetensors"))
         if len(files) != 1:
-            raise ValueError("is to have one .safetensors file: name that file")
+            raise ValueError("there is to be one .safetensors file in that folder: name a file")
         source = str(files[0])
     from_cache_or_hub(pipeline.load_lora_weights, source)
     pipeline.fuse_lora()

@@ -41,20 +41,21 @@ class Steps:
     def __init__(self, connection: Connection, order: Order):
         self.connection = connection
         self.order = order
-        self.told_seconds = 0.0
+        self.told_step, self.told_seconds = 0, 0.0
         self.next_preview_seconds = 0.0
 
     def __call__(
         self, step: int, of: int | None, preview: Callable[[], bytes | None] | None = None
     ) -> None:
         is_due = time.monotonic() - self.told_seconds >= STEP_SECONDS or step in (1, of)
+        is_due = is_due and step != self.told_step
         try:
             while self.connection.poll():
                 if self.connection.recv() == Cancel(self.order.number):
                     raise Unwanted
             if self.order.wants_steps and is_due:
                 self.connection.send(Step(step, of, self.picture(preview) if step != of else None))
-                self.told_seconds = time.monotonic()
+                self.told_step, self.told_seconds = step, time.monotonic()
         except (EOFError, OSError):
             sys.exit()  # the service has gone
 

@@ -14,11 +14,14 @@ from media.messages import Made, OnStep
 
 
 class VideoMaker(DiffusionMaker):
-    """source: a folder or a Hugging Face id."""
+    """source: a folder or a Hugging Face id. Raises ValueError for a pipeline of another kind."""
 
     def __init__(self, source: str):
         dtype = pick_device()[1]
-        super().__init__(from_cache_or_hub(DiffusionPipeline.from_pretrained, source, dtype=dtype))
+        pipeline = from_cache_or_hub(DiffusionPipeline.from_pretrained, source, dtype=dtype)
+        if not hasattr(pipeline, "video_processor"):
+            raise ValueError(f"{type(pipeline).__name__} makes no videos")
+        super().__init__(pipeline)
 
     def make(self, fields: dict[str, Any], on_step: OnStep) -> Made:
         """An MP4."""

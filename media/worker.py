@@ -2,14 +2,16 @@
 
 import atexit
 import multiprocessing
+import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from logging import getLogger
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
+from types import ModuleType
 from typing import Any
 
 from backends.base import JobFailed, JobRefused, MediaQueueFull
@@ -24,6 +26,20 @@ POLL_SECONDS = 1.0  # between looks at whether the process lives, or a cancelled
 DIED = "The model's process died while it made this; it starts again"
 
 logger = getLogger("service")
+main_module_lock = threading.Lock()
+
+
+@contextmanager
+def without_main_module() -> Iterator[None]:
+    """Around the start of a process: multiprocessing has it run the module that this one was
+    started with once more, and `python main.py` would load and serve everything again there."""
+    with main_module_lock:
+        module = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = module
 
 
 class CannotLoad(Exception):
@@ -106,7 +122,8 @@ class Worker:
         self._process = context.Process(
             target=serve, args=(theirs, *self.arguments), name=f"media-{self.name}", daemon=True
         )
-        self._process.start()
+        with without_main_module():
+            self._process.start()
         theirs.close()  # so that the end of the process is the end of the connection
 
     def finish_loading(self) -> None:

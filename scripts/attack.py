@@ -158,6 +158,7 @@ ATTACKS: dict[str, Callable[[Target], Awaitable[str]]] = {
     "2 biases": lambda t: t.send(
         completion("a", logit_bias={f"x{number}": 1 for number in range(70_000)})
     ),
+    "2 many bodies": lambda t: send_many(t, completion([[1] * 115] * 4000, model="none"), 8),
     "3 a long header": lambda t: t.send(
         [head("GET", "/health") + b"X: ", *repeat(b"a" * 65_536, SIXTEEN_MB), b"\r\n\r\n"]
     ),
@@ -185,6 +186,10 @@ ATTACKS: dict[str, Callable[[Target], Awaitable[str]]] = {
     "9 scores": lambda t: t.send(
         completion(["Once upon a time " * 40] * 200, max_tokens=0, echo=True, logprobs=5)
     ),
+    "9 scores of megabytes": lambda t: t.send(
+        completion([[1] * 400] * 300, max_tokens=0, prompt_logprobs=20)
+    ),
+    "9 a long text": lambda t: t.send(post("/detokenize", json.dumps({"tokens": [1] * 131_072}))),
     "10 idle": lambda t: hold(t, 400, b""),
     "10 slow heads": lambda t: hold(t, 100, head("GET", "/health"), b"a"),
     "10 slow bodies": lambda t: hold(t, 100, chunked_head(), b"1\r\na\r\n"),

@@ -2,12 +2,15 @@
 
 A body is parsed and checked on the event loop, where all others wait meanwhile. A thread would
 not help: the parser keeps Python's lock until it is done, and threads that are busy in Python
-hold up the engine's. So a body has a limit to what there is to parse.
+hold up the engine's. So a body has a limit to what there is to parse, and of several long ones
+that are here one is parsed at a time, with a turn for everybody else in between.
 """
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine
+from collections import OrderedDict, deque
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from email.message import Message
 from typing import Any
 
@@ -16,10 +19,57 @@ from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
+from serving.errors import OVERLOADED, retry_after
+from serving.metrics import QUEUE_REFUSALS
+
 # Texts (names of fields too), lists, objects, fractions and truth values: the longest conversation
 # that models.py takes has 20,000. Whole numbers are not among them: token ids come by the hundred
 # thousand, and are parsed faster than anything else.
 MAX_PARTS = 30_000
+MAX_WAITING_BODIES = 64  # long ones of one client
+
+
+class BodyTurns:
+    """Lets in one long body at a time, of each client in turn."""
+
+    def __init__(self) -> None:
+        self.waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+        self.is_taken = False
+
+    @asynccontextmanager
+    async def turn(self, client: str) -> AsyncGenerator[None]:
+        """Waits until no other body is being parsed. Raises a 503 when too many of the client's
+        wait already."""
+        queue = self.waiting.setdefault(client, deque())
+        if len(queue) >= MAX_WAITING_BODIES:
+            QUEUE_REFUSALS.inc()
+            raise HTTPException(503, OVERLOADED, retry_after())
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        queue.append(turn)
+        try:
+            self._give()
+            await turn
+            # `sleep(0)` would go before those who became ready while another one was parsed.
+            await asyncio.sleep(1e-6)
+            yield
+        finally:
+            if turn.done() and not turn.cancelled():
+                self.is_taken = False
+            else:
+                turn.cancel()
+            self._give()
+
+    def _give(self) -> None:
+        while self.waiting and not self.is_taken:
+            client, queue = self.waiting.popitem(last=False)
+            if not queue:
+                continue
+            turn = queue.popleft()
+            if queue:
+                self.waiting[client] = queue
+            if not turn.cancelled():
+                self.is_taken = True
+                turn.set_result(None)
 
 
 class TooManyParts(HTTPException):
@@ -53,15 +103,22 @@ class BoundedRequest(Request):
         if not hasattr(self, "_json"):
             body = await self.body()
             text = body.decode(json.detect_encoding(body), "surrogatepass")
-            is_long = len(text) > MAX_PARTS  # no text has more parts than characters
-            if is_long and count_parts(text) > MAX_PARTS:
-                raise TooManyParts
-            self._json = json.loads(text)
-            if is_long:
-                # All others have a turn before it is checked: `sleep(0)` would go before those
-                # who became ready while it was parsed.
-                await asyncio.sleep(1e-6)
+            if len(text) <= MAX_PARTS:  # no text has more parts than characters
+                self._json = json.loads(text)
+            else:
+                turns: BodyTurns = self.app.state.service.body_turns
+                async with turns.turn(self.scope["client_identity"]):
+                    self._json = parse_long(text)
+                    # All others have a turn before it is checked, too.
+                    await asyncio.sleep(1e-6)
         return self._json
+
+
+def parse_long(text: str) -> Any:
+    """What the JSON says. Raises TooManyParts, and what `json.loads` does."""
+    if count_parts(text) > MAX_PARTS:
+        raise TooManyParts
+    return json.loads(text)
 
 
 def refuse_media_type(headers: Headers) -> None:

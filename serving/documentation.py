@@ -108,6 +108,7 @@ def document_app(
             document = FastAPI.openapi(app)
             document_models(document, registry)
             document_chat(document, registry)
+            document_media(document, registry, settings)
             document_refusals(document, settings, needs_key)
         return app.openapi_schema or {}
 
@@ -115,16 +116,21 @@ def document_app(
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def document_models(document: dict[str, Any], registry: ModelRegistry) -> None:
-    """Ends `top_k` at the vocabulary, as it does in fact, and asks for a model that is served in
-    the examples."""
-    sizes = [each.vocab_size for each in registry.backends.values() if each.vocab_size]
+def described_fields(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """The schemas of all fields by name, for each body and each query."""
     fields = [s.get("properties", {}) for s in document["components"]["schemas"].values()]
     for operations in document["paths"].values():
         for operation in operations.values():
             parameters = operation.get("parameters", ())
             fields.append({each["name"]: each["schema"] for each in parameters})
-    for each in fields:
+    return fields
+
+
+def document_models(document: dict[str, Any], registry: ModelRegistry) -> None:
+    """Ends `top_k` at the vocabulary, as it does in fact, and asks for a model that is served in
+    the examples."""
+    sizes = [each.vocab_size for each in registry.backends.values() if each.vocab_size]
+    for each in described_fields(document):
         for name in each.keys() & {"model", "model_id"}:
             each[name]["examples"] = [registry.default.name]
         if "top_k" in each and sizes:
@@ -149,6 +155,29 @@ def document_chat(document: dict[str, Any], registry: ModelRegistry) -> None:
     schema["properties"]["model"] = schema["properties"]["model"] | {"examples": names[:1]}
     if names[0] != registry.default.name:
         schema["examples"] = [each | {"model": names[0]} for each in schema["examples"]]
+
+
+def document_media(document: dict[str, Any], registry: ModelRegistry, settings: Settings) -> None:
+    """Ends the fields of sounds, pictures, videos and shapes where the settings end them, and asks
+    for the models that make them."""
+    bounds = {
+        "steps": settings.max_media_steps,
+        "seconds": settings.max_audio_seconds,
+        "num_frames": settings.max_video_frames,
+        "grid_size": settings.max_grid_size,
+    }
+    for fields in described_fields(document):
+        for name in fields.keys() & bounds.keys():
+            field, bound = fields[name], bounds[name]
+            field["maximum"] = bound
+            if "examples" in field:
+                field["examples"] = [min(each, bound) for each in field["examples"]]
+        if "size" in fields:
+            fields["size"]["description"] += f" No side is longer than {settings.max_side_pixels}."
+    schemas = document["components"]["schemas"]
+    for kind, name in {"image": "ImageGenerationRequest", "audio": "SpeechRequest"}.items():
+        if kind in registry.media:
+            schemas[name]["properties"]["model"]["examples"] = [registry.media[kind].name]
 
 
 def document_refusals(document: dict[str, Any], settings: Settings, needs_key: bool) -> None:

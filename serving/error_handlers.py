@@ -65,7 +65,9 @@ def failure_message(error: Exception) -> str:
 
 
 def count_failure(error: Exception) -> None:
-    """Counts an admitted request that ended with an error."""
+    """Counts an admitted request that ended with an error, other than in what it asked for."""
+    if isinstance(error, JobRefused):
+        return
     reasons = {
         DeadlineExceeded: "timeout",
         EngineStoppedError: "stopping",

@@ -20,10 +20,11 @@ from serving.service import CurrentClient, CurrentService, Service
 from serving.streams import GenerationStream, event, finish
 
 GLB, PLY = "model/gltf-binary", "application/x-ply"
-# What `Accept` may say, and what is then sent.
-SHAPE_TYPES = {
-    **dict.fromkeys([GLB, "model/*", "application/octet-stream", "text/event-stream", "*/*"], GLB),
-    **dict.fromkeys([PLY, "application/ply", "model/ply", "application/*"], PLY),
+# What `Accept` may say, and what is then sent: the first that it does not refuse.
+SHAPE_TYPES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(["model/*", "*/*"], (GLB, PLY)),
+    **dict.fromkeys([GLB, "application/octet-stream", "text/event-stream"], (GLB,)),
+    **dict.fromkeys([PLY, "application/ply", "model/ply", "application/*"], (PLY,)),
 }
 WEIGHT = re.compile(r"[01](\.[0-9]{0,3})?")  # RFC 9110, 12.4.2
 
@@ -125,9 +126,11 @@ def shape_type(http: Request) -> str:
         name, _, parameters = part.strip().lower().partition(";")
         said = parameters.replace(" ", "").rpartition("q=")[2]
         weighed.append((float(said) if WEIGHT.fullmatch(said) else 1.0, name.strip()))
+    refused = {name for weight, name in weighed if weight == 0}
     for weight, name in sorted(weighed, key=lambda each: -each[0]):
-        if weight > 0 and name in SHAPE_TYPES:
-            return SHAPE_TYPES[name]
+        for media_type in SHAPE_TYPES.get(name, ()):
+            if weight > 0 and media_type not in refused:
+                return media_type
     raise HTTPException(406, f"Not Acceptable: there are {GLB} and {PLY}")
 
 

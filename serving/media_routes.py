@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 
+import models
 from serving.errors import error_response
 from serving.media_loader import KINDS
 
@@ -24,6 +25,7 @@ def media_routes(media: dict[str, "MediaBackend"]) -> APIRouter:
             methods = ["POST"] if path in OPENAI_PATHS.values() else ["GET", "POST"]
             routes.add_route(path, refuse, methods, include_in_schema=False)
     if media:  # what answers is imported only where there is something to answer with
+        models.build_media_schemas()
         from serving.media_answers import native_routes
         from serving.openai.media_routes import OPENAI_ROUTES
 

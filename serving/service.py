@@ -1,12 +1,13 @@
 """What the routes stand on."""
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Request
 
 from backends.base import Backend, Client, reserve_nothing
+from serving.bodies import BodyTurns
 from serving.content_filter import ContentFilter
 from serving.metrics import render_metrics
 from serving.registry import ModelRegistry
@@ -24,6 +25,7 @@ class Service:
     shutdown: GracefulShutdown
     # What `/metrics` shows; ray_serve.py puts that of all replicas in its place.
     render_metrics: Callable[[], Awaitable[bytes]] = render_metrics
+    body_turns: BodyTurns = field(default_factory=BodyTurns)
 
     def backend(self, name: str | None) -> Backend:
         """The model of that name, the default one for None or "". Raises UnknownModel."""

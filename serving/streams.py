@@ -10,6 +10,7 @@ from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
 from backends.base import Deadline, Generation
+from serving.json_pieces import SENT_BYTES, json_pieces
 from serving.logs import add_generation_to_log, add_to_log
 from serving.metrics import FAILED_REQUESTS
 
@@ -92,6 +93,11 @@ def event(content: dict[str, Any], name: str | None = None) -> str:
     return f"{prefix}data: {json.dumps(content)}\n\n"
 
 
+async def long_event(content: dict[str, Any]) -> str:
+    """One that may have megabytes, written piece by piece."""
+    return f"data: {b''.join(await json_pieces(content)).decode()}\n\n"
+
+
 class GenerationStream(Response):
     """Sends chunks as they are made, and closes their source as soon as the client goes, or has
     taken too long to read them: then nobody asks the source for its deadline.
@@ -106,6 +112,7 @@ class GenerationStream(Response):
         self.chunks, self.generation = chunks, generation
         self.status_code, self.background = 200, None
         self.media_type = media_type
+        self.chunk_turn = asyncio.Lock()  # a comment does not come within a chunk
         self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -138,10 +145,15 @@ class GenerationStream(Response):
     async def send_pings(self, send: Send) -> None:
         while self.media_type == EVENT_STREAM:
             await asyncio.sleep(PING_SECONDS)
-            await send({"type": "http.response.body", "body": b": ping\n\n", "more_body": True})
+            ping = {"type": "http.response.body", "body": b": ping\n\n", "more_body": True}
+            async with self.chunk_turn:
+                await send(ping)
 
     async def send_chunks(self, send: Send) -> None:
         async with aclosing(self.chunks) as chunks:
             async for chunk in chunks:
-                body = chunk.encode()
-                await send({"type": "http.response.body", "body": body, "more_body": True})
+                whole = chunk.encode()
+                async with self.chunk_turn:
+                    for start in range(0, len(whole), SENT_BYTES):
+                        body = whole[start : start + SENT_BYTES]
+                        await send({"type": "http.response.body", "body": body, "more_body": True})

@@ -1,22 +1,13 @@
-"""What schemathesis is not to send: the routes are right about it, and it thinks otherwise.
-
-The document has one type for each field, without null, and integers of 64 bits with a sign:
-generators of clients know no more. The routes take both, and any `user`, which they ignore.
-"""
+"""What schemathesis is to know of bodies beyond the document, which says what generators of clients
+understand: one type for each field, without null, and integers of 64 bits with a sign."""
 
 from typing import Any
 
 import schemathesis
 
+import models
 
-def has_null(body: Any) -> bool:
-    if isinstance(body, list):
-        return any(map(has_null, body))
-    return isinstance(body, dict) and any(e is None or has_null(e) for e in body.values())
-
-
-def is_unsigned(seed: Any) -> bool:
-    return str(seed).isdecimal() and 2**63 <= int(seed) < 2**64
+NULL = {"type": "null"}
 
 
 @schemathesis.hook
@@ -27,11 +18,28 @@ def before_load_schema(_: Any, document: dict[str, Any]) -> None:
         for operation in operations.values():
             for response in operation["responses"].values():
                 response.get("content", {}).get("text/event-stream", {}).pop("schema", None)
+            for parameter in operation.get("parameters", ()):
+                widen_seed({parameter["name"]: parameter["schema"]})
+    for schema in document["components"]["schemas"].values():
+        if schema.get("additionalProperties") is False:  # it is of bodies
+            widen(schema)
 
 
-@schemathesis.hook
-def filter_case(_: Any, case: Any) -> bool:
-    body = case.body if isinstance(case.body, dict) else {}
-    seeds = [body.get("seed"), dict(case.query or {}).get("seed")]
-    is_ignored = not isinstance(body.get("user", ""), str)
-    return not (has_null(body) or is_ignored or any(map(is_unsigned, seeds)))
+def widen(schema: dict[str, Any]) -> None:
+    """Lets a body have all that routes take: null for what may be left out, known or not."""
+    schema["additionalProperties"] = NULL
+    properties = schema["properties"]
+    widen_seed(properties)
+    if "user" in properties:  # which is ignored
+        properties["user"] = {}
+    if "json_object" in properties:  # the schema in `json` may come as its text
+        text = {"type": "string", "minLength": 1, "maxLength": models.MAX_GRAMMAR_CHARACTERS}
+        properties["json"] = {"anyOf": [properties["json"], text]}
+    for name in properties.keys() - {*schema.get("required", ())}:
+        properties[name] = {"anyOf": [properties[name], NULL]}
+
+
+def widen_seed(schemas: dict[str, Any]) -> None:
+    if "seed" in schemas:
+        del schemas["seed"]["format"]
+        schemas["seed"] |= {"minimum": models.MIN_SEED, "maximum": models.MAX_SEED}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request, Response
 
 import models
+from backends.base import InvalidField
 from serving.bodies import BoundedRoute
 from serving.documentation import OPENAI_ERRORS
 from serving.logs import add_generation_to_log
@@ -55,6 +56,8 @@ async def generate_images(
 ) -> Any:
     """OpenAI's images: PNGs in base64; `n` of them have consecutive seeds."""
     backend = served(service, "image", body.model)
+    if body.n > (most := backend.worker.max_queue_size):
+        raise InvalidField("n", f"at most {most} here")
     first_seed = secrets.randbelow(2**32) if body.seed is None else body.seed
     asked = body.model_dump(include={"steps", "guidance", "size"})
     jobs: list[Job] = []

@@ -1,8 +1,6 @@
 """What a `/v1` route answers, whole or as a stream of chunks."""
 
-import asyncio
 import hashlib
-import json
 import math
 import time
 import uuid
@@ -20,8 +18,9 @@ from backends.base import Backend, Generation, TextDelta
 from engine import InferenceError
 from serving.error_handlers import FAILURES, count_failure, failure_message
 from serving.errors import openai_error
+from serving.json_pieces import PiecewiseJson, json_pieces
 from serving.settings import Settings
-from serving.streams import GenerationStream, event, finish
+from serving.streams import GenerationStream, event, finish, long_event
 
 Body = TypeVar("Body", models.CompletionRequest, models.ChatCompletionRequest)
 
@@ -31,10 +30,6 @@ def system_fingerprint(backend: Backend, settings: Settings) -> str:
     processor and by the model."""
     described = (backend.name, backend.about, torch.__version__, settings.generation_config)
     return "fp_" + hashlib.sha256(repr(described).encode()).hexdigest()[:10]
-
-
-def in_json(content: Any) -> bytes:
-    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
 class ResponseBuilder(ABC, Generic[Body]):
@@ -89,24 +84,16 @@ class ResponseBuilder(ABC, Generic[Body]):
         return await self.full(http)
 
     async def full(self, http: Request) -> Response:
-        """Written choice by choice, between which others have their turn: hundreds of scored
-        prompts make many megabytes."""
         (deltas,) = await finish(http, self.generation)
-        choices = []
+        head = {**self.head, "usage": self.usage(), "object": self.object_name}
+        pieces: list[bytes] = await json_pieces({**head, **self.about_prompt(deltas[0])})
+        pieces[-1:] = [b',"choices":[']  # instead of its brace
         for index, delta in enumerate(self.best(deltas)):
             # Its place among those given, not among those drawn.
-            choices.append(in_json({**self.choice(delta), "index": index}))
-            await asyncio.sleep(0)
-        head = in_json(
-            {
-                **self.head,
-                "usage": self.usage(),
-                "object": self.object_name,
-                **self.about_prompt(deltas[0]),
-            }
-        )
-        body = b'%b,"choices":[%b]}' % (head.removesuffix(b"}"), b",".join(choices))
-        return Response(body, media_type="application/json")
+            pieces.extend(await json_pieces({**self.choice(delta), "index": index}))
+            pieces.append(b",")
+        pieces[-1:] = [b"]}"]
+        return PiecewiseJson(pieces)
 
     async def stream(self) -> AsyncGenerator[str]:
         options = self.body.stream_options
@@ -117,8 +104,11 @@ class ResponseBuilder(ABC, Generic[Body]):
                 async for delta in deltas:
                     usage = self.usage() if options.continuous_usage_stats else None
                     about = {} if begun else self.about_prompt(delta)
-                    for choice in self.chunk_choices(delta, delta.index not in begun):
-                        yield event({**head, "choices": [choice], "usage": usage, **about})
+                    is_first = delta.index not in begun
+                    for choice in self.chunk_choices(delta, is_first):
+                        chunk = {**head, "choices": [choice], "usage": usage, **about}
+                        # What is told of a prompt may be long, and comes with the first.
+                        yield await long_event(chunk) if is_first else event(chunk)
                         about = {}
                     begun.add(delta.index)
             if options.include_usage:

@@ -172,7 +172,7 @@ def test_prompt_with_a_token_beyond_the_model_is_refused() -> None:
     )
     assert [type(error) for error in errors] == [InvalidField] * 3
     assert [error.field for error in errors] == ["prompt", "messages", "prompt"]
-    assert "not among the model's 8192" in errors[0].reason
+    assert "holds a token that is not among the model's 8192" in errors[0].reason
     assert is_idle()
 
 

@@ -292,6 +292,20 @@ def test_stop_string_ends_a_text_of_a_server_that_does_not_know_it(stop: str) ->
             assert PROMPT + "".join(delta["text"] for _, delta in deltas) == expected
 
 
+def test_extension_that_asks_for_nothing_is_not_sent() -> None:
+    """Front ends that send every field with the values it comes with were refused by servers that
+    do not know them."""
+    nothing = {
+        "stop_token_ids": [], "include_stop_str_in_output": False, "temperature_last": False,
+        "repetition_penalty_range": 0, "ignore_eos": False, "min_tokens": 0,
+    }  # fmt: skip
+    body = {"prompt": PROMPT, "max_tokens": 7, "sampler_order": [6, 5, 0, 2], **nothing}
+    with behind(mistral_rules) as (client, provider):
+        answer = client.post("/v1/completions", json=body)
+        assert (answer.status_code, answer.json()["choices"][0]["text"]) == (200, TEXTS[0])
+        assert not nothing.keys() & provider.asked[0][1].keys()
+
+
 def test_server_that_may_not_stream_answers_whole() -> None:
     """As OpenAI does to organizations that are not verified (RooCodeInc/Roo-Code issue 6868)."""
 

@@ -3,12 +3,16 @@
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+import backends.reader
 from backends.base import Client, Deadline, DeadlineExceeded
-from backends.reader import Pieces, Reader
+from backends.reader import Pieces, Reader, find_in_pieces, read_at_once, read_in_pieces
+from serving.content_filter import ContentFilter
 from tests.support import run, until
 
 LONG = ["x" * 10_000]
@@ -111,3 +115,35 @@ def test_reader_keeps_the_deadline(held: tuple[Reader, threading.Event]) -> None
     (error,) = run(read(held[0], "a", pieces("a", 1, []), seconds=0.01))
     assert isinstance(error, DeadlineExceeded)
     assert error.seconds == 0.01
+
+
+content_filter = ContentFilter("hate*,violence,kill")
+texts = st.lists(st.sampled_from([*"hateviolnckl 1!.-4\u0301", "h.a.t.e", "violence"])).map("".join)
+
+
+@given(texts)
+def test_piecewise_search_finds_what_a_search_of_the_whole_finds(text: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends.reader, "PIECE_CHARACTERS", 3)
+        found = read_at_once(find_in_pieces(content_filter, text))
+    assert found == (content_filter.find(text) is not None)
+
+
+@given(texts, texts)
+def test_text_read_in_pieces_reads_on_like_one_read_at_once(text: str, more: str) -> None:
+    if content_filter.find(text):
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends.reader, "PIECE_CHARACTERS", 3)
+        piecewise = read_at_once(read_in_pieces(content_filter, text))
+    whole = content_filter.read(text)
+    for reading in (piecewise, whole):
+        reading.append(more)
+    assert piecewise.scan(None, final=True) == whole.scan(None, final=True)
+
+
+@pytest.mark.parametrize("filtering", [find_in_pieces, read_in_pieces])
+def test_filter_leaves_off_within_a_long_text(filtering: Callable[..., Pieces[object]]) -> None:
+    """A megabyte was one piece of up to half a minute, which no deadline ended."""
+    text = "h.a.t." * 5000
+    assert sum(1 for _ in filtering(content_filter, text)) >= 5

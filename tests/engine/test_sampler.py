@@ -28,7 +28,8 @@ def draws(logits: Tensor, params: SamplingParams, count: int) -> Tensor:
 
 def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     """What `draws` should follow, by the definitions: (vocab,) float64."""
-    weights = torch.softmax(logits.double() / params.temperature, dim=-1)
+    is_last = params.temperature_last
+    weights = torch.softmax(logits.double() / (1 if is_last else params.temperature), dim=-1)
     order = weights.argsort(descending=True, stable=True)
     if params.top_k:
         weights[order[params.top_k :]] = 0
@@ -36,6 +37,8 @@ def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     before = weights[order].cumsum(-1) - weights[order]
     weights[order[before >= params.top_p]] = 0
     weights[weights < params.min_p * weights.max()] = 0
+    if is_last:
+        weights **= 1 / params.temperature
     return weights / weights.sum()
 
 
@@ -240,6 +243,10 @@ PEAKED = random_logits(1, 5000, seed=5)[0]
         (FLAT, SamplingParams(top_p=0.9)),
         (FLAT, SamplingParams(top_k=3000, top_p=0.9)),
         (FLAT, SamplingParams()),
+        (PEAKED, SamplingParams(temperature=1.5, temperature_last=True)),
+        (PEAKED, SamplingParams(temperature=0.5, temperature_last=True, top_k=40, top_p=0.8)),
+        (PEAKED, SamplingParams(temperature=2, temperature_last=True, top_p=0.9, min_p=0.1)),
+        (FLAT, SamplingParams(temperature=0.1, temperature_last=True, top_p=0.9)),
     ],
 )
 def test_sample_follows_the_distribution(logits: Tensor, params: SamplingParams) -> None:
@@ -278,6 +285,9 @@ MIXED = [
     for top_k in (0, 50, 100, 1500)
     for top_p in (1, 0.9, 0.999)
     for min_p in (0, 0.02)
+] + [
+    SamplingParams(temperature=0.5, temperature_last=True, top_k=top_k, top_p=0.9)
+    for top_k in (0, 50, 1500)
 ]
 
 

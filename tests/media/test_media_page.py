@@ -38,7 +38,11 @@ def page(service: Served) -> Iterator[Page]:
 
 
 def ask(page: Page, kind: str, **fields: str) -> None:
+    # From here the tab's link always leads elsewhere; then the form is made anew, some time later.
+    page.evaluate("history.replaceState(null, '', 'static/media.html')")
+    page.evaluate("document.querySelector('#result').replaceChildren()")
     page.click(f"#tab-{kind}")
+    expect(page.locator("#result")).to_have_text("The result appears here.")
     for name, value in {"prompt": "a fox", "seed": "7", **fields}.items():
         page.fill(f"#{name}", value)
     page.keyboard.press("Control+Enter")

@@ -251,6 +251,21 @@ def test_lora_changes_the_picture(tiny: Path) -> None:
     assert plain != changed == draw(str(tiny / "lora.safetensors"))
 
 
+def test_lora_that_cannot_be_had_is_what_the_reason_names(tiny: Path) -> None:
+    from media.image import ImageMaker
+
+    with pytest.raises(ValueError, match=r"IMAGE_LORA: there is to be one \.safetensors file"):
+        ImageMaker(str(tiny / "image"), str(tiny / "image"))
+
+
+def test_pipeline_for_pictures_makes_no_videos(tiny: Path) -> None:
+    """It was served, and each request came to nothing."""
+    from media.video import VideoMaker
+
+    with pytest.raises(ValueError, match="StableDiffusionPipeline makes no videos"):
+        VideoMaker(str(tiny / "image"))
+
+
 def test_picture_that_the_models_own_checker_withholds_is_refused(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

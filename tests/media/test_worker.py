@@ -3,9 +3,11 @@
 import asyncio
 import os
 import signal
+import sys
 import time
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -207,6 +209,22 @@ def test_stopped_worker_ends_its_jobs_and_starts_again(tmp_path: Path) -> None:
     worker.start()
     assert run(made(worker, "again")) == b"AGAIN"
     worker.stop()
+
+
+def test_process_does_not_run_the_main_module_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`python main.py` loaded and served everything in the model's process too, and ended there."""
+    main_module = ModuleType("__main__")
+    main_module.__file__ = str(tmp_path / "main.py")
+    (tmp_path / "main.py").write_text("raise SystemExit(7)")
+    monkeypatch.setitem(sys.modules, "__main__", main_module)
+    worker = new_worker(tmp_path)
+    worker.begin_loading()
+    worker.finish_loading()
+    worker.kill()
+    assert worker.loaded
+    assert sys.modules["__main__"] is main_module
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from fastapi import FastAPI
 
 import main
-from serving.documentation import NO_CHAT, document_refusals
+from serving.documentation import NO_CHAT, document_media, document_refusals
 from serving.openai.routes import openai_routes
 from serving.routes import service_routes, text_routes
 from serving.settings import Settings
@@ -48,12 +48,16 @@ def test_operation_ids_are_the_names_of_methods() -> None:
 @pytest.mark.contract
 def test_generators_can_make_types_of_all_schemas() -> None:
     """Clients did not compile: a field that is always null has no type, a bound above 2^53 becomes
-    a number with an exponent, and a union's default is put where it fits one of its types."""
+    a number with an exponent, a union's default is put where it fits one of its types, and Java's
+    variables of a union are named after its types, `Map<String, Object>` too; a constant becomes an
+    enumeration, of texts."""
     for each in schemas_within(client.get("/openapi.json").json()):
         assert not each.keys() & {"ge", "gt", "le", "lt"}  # pydantic's names: lost as bounds
         types = [inner.get("type") for inner in each.get("anyOf", [])]
         assert each.get("type") != "null" or set(each) == {"type"}
         assert types != ["null"]
+        assert isinstance(each.get("const", ""), str)
+        assert "object" not in types or set(types) == {"object", "null"}
         assert "default" not in each or not ("anyOf" in each or "$ref" in each)
         for bound in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
             assert not isinstance(each.get(bound), int | float) or abs(each[bound]) <= 2**53
@@ -121,6 +125,24 @@ def test_vocabulary_is_where_top_k_ends() -> None:
     parameters = document["paths"]["/{prompt}"]["get"]["parameters"]
     query = {each["name"]: each["schema"] for each in parameters}
     assert body["top_k"]["maximum"] == query["top_k"]["maximum"] == len(tokenizer)
+
+
+def test_fields_of_pictures_end_where_the_settings_end_them() -> None:
+    """The document told of 150 steps, and of a text model for pictures, whatever was set."""
+    fields: dict[str, Any] = {
+        "steps": {"maximum": 150, "examples": [25]},
+        "size": {"description": "Like this."},
+        "model": {"examples": [NAME]},
+    }
+    schemas = {name: {"properties": fields} for name in ("ImageGenerationRequest",)}
+    document: dict[str, Any] = {"components": {"schemas": schemas}, "paths": {}}
+    registry: Any = SimpleNamespace(media={"image": SimpleNamespace(name="painter")})
+    document_media(document, registry, Settings(max_media_steps=20, max_side_pixels=640))
+    assert fields == {
+        "steps": {"maximum": 20, "examples": [20]},
+        "size": {"description": "Like this. No side is longer than 640."},
+        "model": {"examples": ["painter"]},
+    }
 
 
 def test_document_says_which_keys_and_limits_there_are() -> None:
