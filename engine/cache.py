@@ -17,6 +17,7 @@ from engine.batch import ForwardBatch
 KEY_BLOCK_TOKENS = 64  # a row has room for so many tokens, or for twice as many, or …
 # Kernels that sum more keys than this do it in an order that depends on the capacity.
 SUMMED_KEYS = 128
+ALIGNED_NUMBERS = 4  # of float32: 16 bytes
 # Of a prompt whose attention is computed in one order, whatever of it is found computed: a pass has
 # so many of its tokens together, and so many, or a multiple of that, may have been found.
 PREFIX_BLOCK_TOKENS = 32
@@ -203,13 +204,16 @@ class KVCache:
             sinks = sinks.view(1, self.num_kv_heads, self.group_size, 1)
             sinks = sinks.expand(len(query), -1, -1, -1).flatten(0, 1)
         weights = _weights(grouped, keys, scale, mask, softcap, sinks)
+        # Of outputs that begin in other places, some kernels sum the numbers in another order.
+        if missing := -values.shape[-1] % ALIGNED_NUMBERS:
+            values = F.pad(values, (0, missing))
         if self.group_size > 1 and weights.dtype == torch.float32:
             # One query a key is summed in one order anyway, and pieces take twice the time.
             pieces = (weights.split(SUMMED_KEYS, -1), values.split(SUMMED_KEYS, -2))
             attended = reduce(torch.add, map(torch.bmm, *pieces))
         else:
             attended = torch.bmm(weights, values)
-        return attended.view(query.shape)
+        return attended[..., : query.shape[-1]].reshape(query.shape)
 
     def _attend_prompt(self, query: Tensor, keys_values: Tensor, scale: float) -> Tensor:
         """A whole prompt over itself: each token sees those before it."""
@@ -289,6 +293,11 @@ class KVCache:
         """Gives `target` the first `num_tokens` positions of `source`."""
         for layer in self.layers:
             layer[:, target, :, :num_tokens] = layer[:, source, :, :num_tokens]
+
+    def clear_row(self, row: int) -> None:
+        """Leaves no NaN in a row: one that no query sees counts too, as zero times NaN is NaN."""
+        for layer in self.layers:
+            layer[:, row] = 0
 
 
 def _block_mask(max_model_len: int, dtype: torch.dtype, device: torch.device) -> Tensor:

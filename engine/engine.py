@@ -498,6 +498,7 @@ class Engine:
                 delta = self._append(seq, token_id)
             except InferenceError as failure:
                 _fail_sequence(seq, failure)
+                self.runner.cache.clear_row(self.scheduler.running.index(seq))
                 continue
             since_arrival_seconds = now_seconds - seq.request.arrived_seconds
             if seq.last_token_seconds is None:

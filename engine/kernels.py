@@ -92,6 +92,7 @@ class OnednnInt8Linear(Int8Linear):
 
     Of a layer that is wide, as the one of logits is, from 1 to 255 with 128 for zero: half as
     precise, but then its outputs need no more than to be scaled, and they are most of the work.
+    So it is where the number of inputs is no multiple of four, behind which no float may lie.
     Right with VNNI or AMX. Without, pairs of products may be summed in 16 bits and saturate.
     """
 
@@ -99,8 +100,9 @@ class OnednnInt8Linear(Int8Linear):
 
     def pack(self, quantized: Tensor) -> None:
         self.zero_points = torch.zeros(len(quantized), dtype=torch.int32)
-        self.is_wide = len(quantized) > self.WIDE * quantized.shape[1]
-        if self.is_wide:
+        num_outputs, num_inputs = quantized.shape
+        self.is_symmetric = num_outputs > self.WIDE * num_inputs or num_inputs % 4 > 0
+        if self.is_symmetric:
             self.weight = torch.ops.onednn.qlinear_prepack(quantized, None)
             return
         # `byte_prepack` leaves a row's scale and smallest value in eight bytes behind it, which are
@@ -110,7 +112,7 @@ class OnednnInt8Linear(Int8Linear):
         self.sums = quantized.sum(dim=1, dtype=torch.int32) * self.scales
 
     def multiply(self, x: Tensor) -> Tensor:
-        if self.is_wide:
+        if self.is_symmetric:
             scale = _row_scale(x, 127)
             quantized = (x / scale).round_().add_(128).to(torch.uint8)
             return self._sum(quantized, 128).mul_(scale)

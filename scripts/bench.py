@@ -181,10 +181,9 @@ def contestants(args: argparse.Namespace, model: str) -> Iterator[Server]:
         yield Server(name, f"{address.path}/completions", fields, address=address.netloc)
 
 
-def serve_baseline(port: int, model: str) -> None:
-    """Serve what a plain FastAPI service does: one pipeline, one request at a time."""
+def baseline_app(model: str) -> Any:
+    """What a plain FastAPI service does: one pipeline, one request at a time."""
     import torch
-    import uvicorn
     from fastapi import FastAPI
     from transformers import pipeline
 
@@ -196,11 +195,21 @@ def serve_baseline(port: int, model: str) -> None:
     @app.post("/generate")
     def generate(body: Row) -> dict[str, str]:
         prompt = body.pop("prompt")
+        is_greedy = body.get("temperature") == 0
+        if is_greedy:
+            del body["temperature"]  # a pipeline takes none that is 0
         with lock:
-            outputs = generator(prompt, do_sample=True, pad_token_id=pad_token_id, **body)
+            outputs = generator(prompt, do_sample=not is_greedy, pad_token_id=pad_token_id, **body)
         return {"generated_text": outputs[0]["generated_text"], "model_name": Path(model).name}
 
-    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
+    return app
+
+
+def serve_baseline(port: int, model: str) -> None:
+    """Serve it until the process ends."""
+    import uvicorn
+
+    uvicorn.run(baseline_app(model), host="127.0.0.1", port=port, log_level="warning")
 
 
 def run_ctranslate2(model: str) -> None:

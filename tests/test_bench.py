@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
 
 from tests.support import FOLDER, ROOT
 
@@ -71,3 +72,14 @@ def test_peer_that_gives_too_little_fails(bench: Any, program: str, tmp_path: Pa
     row = measured(bench, program, tmp_path)
     assert row["num_failures"] == 3
     assert row["tokens_per_second"] == 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_baseline_answers_as_many_tokens_as_it_is_asked_for(bench: Any, temperature: float) -> None:
+    """Greedy, as the repetitive text is asked for, it was answered 500, and each run failed."""
+    fields = bench.SAMPLING | {"temperature": temperature, "max_new_tokens": 3}
+    client = TestClient(bench.baseline_app(str(FOLDER)))
+    response = client.post("/generate", json=fields | {"prompt": "The king"})
+    assert response.status_code == 200
+    assert response.json()["generated_text"].startswith("The king")
+    assert response.json()["model_name"] == FOLDER.name

@@ -1,6 +1,7 @@
 """The memory of keys and values, whatever room the longest sequence needs."""
 
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from engine.batch import ForwardBatch
 from engine.cache import KVCache
@@ -35,3 +36,23 @@ def test_attention_in_blocks_is_that_in_one_piece() -> None:
     in_one_piece, in_blocks, rest = attended
     assert torch.allclose(in_blocks, in_one_piece, atol=1e-5)
     assert torch.equal(rest, in_blocks[128:])
+
+
+def test_attention_of_a_row_is_the_same_in_any_company() -> None:
+    """Of three heads of ten numbers, outputs do not all begin at a multiple of 16 bytes; where that
+    was so, a row's bits depended on its place."""
+    num_rows, sizes = 16, {"n_embd": 30, "n_head": 3, "n_layer": 1, "n_positions": 64}
+    cache = KVCache(GPT2LMHeadModel(GPT2Config(**sizes)), num_rows, 64)
+    cache.layers[0].copy_(torch.randn(cache.layers[0].shape))
+    query, keys_values = torch.randn(num_rows, 3, 10), torch.randn(num_rows, 2, 3, 10)
+
+    def attend(rows: range) -> torch.Tensor:
+        batch = ForwardBatch()
+        batch.add_run(rows, [0] * len(rows), [40] * len(rows))
+        cache.begin_pass(batch)
+        chosen = slice(rows.start, rows.stop)
+        return cache.attend(0, query[chosen], keys_values[chosen], 0.5)
+
+    together = attend(range(num_rows))
+    alone = [attend(range(row, row + 1)) for row in range(num_rows)]
+    assert torch.equal(torch.cat(alone), together)

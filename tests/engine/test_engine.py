@@ -580,6 +580,17 @@ def test_logits_of_nan_end_their_own_sequence_alone(
     run(until(lambda: is_idle(small_engine)))
 
 
+def test_prompt_of_nan_leaves_nothing_to_who_has_its_place_next(small_engine: Engine) -> None:
+    """Shorter texts failed there ever after: what a query does not see was NaN times zero."""
+    good = {"seed": 1, "max_new_tokens": 3, "ignore_eos": True}
+    before = one(small_engine, "A fox", **good)
+    small_engine.model.transformer.wpe.weight.data[20:] = math.nan
+    (bad,) = run(answer(small_engine, PROMPT * 9, **good))
+    after = one(small_engine, "A fox", **good)
+    assert isinstance(bad, InferenceError)
+    assert after == before
+
+
 @pytest.mark.parametrize("max_new_tokens", [0, 3])
 def test_prompt_that_cannot_be_scored_ends_its_own_request_alone(
     small_engine: Engine, monkeypatch: pytest.MonkeyPatch, max_new_tokens: int

@@ -96,10 +96,11 @@ NUM_ROWS = (1, 2, 3, 5, 8, 16, 17, 32, 33, 64, 65, 97, 150)
 def test_int8_row_has_the_same_bits_in_any_company(
     name: str, num_threads: int, restored_threads: None
 ) -> None:
-    """One scale for the whole batch gave a row other bits beside a row of larger values."""
+    """One scale for the whole batch gave a row other bits beside a row of larger values; of rows
+    of 30 numbers, onednn failed."""
     skip_unless_right(INT8[name], torch.float32)
     torch.manual_seed(0)
-    for num_inputs, num_outputs in ((96, 288), (100, 50), (256, 1030), (40, 700)):
+    for num_inputs, num_outputs in ((96, 288), (100, 50), (256, 1030), (40, 700), (30, 90)):
         layer = INT8[name].pack(
             torch.randn(num_outputs, num_inputs), torch.randn(num_outputs), False
         )
