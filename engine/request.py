@@ -291,7 +291,7 @@ class Sequence:
         self.decode_stream: DecodeStream | None = None
         self.guess: list[int] = []  # what `engine.drafts` said would follow …
         self.num_tokens_before_guess = 0  # … the tokens that there were then
-        self.hit_rate = 0.5  # of its guesses; there have been none yet
+        self.hit_rate = 0.3  # of its guesses; none have been made, and most texts say new things
         self.matcher: TextMatcher | None = None  # of the constraint, once it has been asked
 
     @property

@@ -129,7 +129,7 @@ def backend_with(other: Any) -> LocalBackend:
         "other",
         SimpleNamespace(tokenizer=other, model=None),
         ENGINE,
-        content_filter=BACKEND.content_filter,
+        content_filter=BACKEND.prompts.content_filter,
         request_timeout_seconds=60,
         reader=BACKEND.reader,
     )

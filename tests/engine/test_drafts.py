@@ -111,7 +111,7 @@ def test_draft_goes_to_who_is_guessed_best_while_that_pays() -> None:
 
 
 def test_learn_counts_guesses_until_one_is_wrong() -> None:
-    (seq,) = repeating()
+    (seq,) = repeating(hit_rate=0.5)
     Drafter(4).draft([seq], lambda seq: 99)
     assert seq.guess == [5, 6, 7, 5]
     seq.output_token_ids += [5, 6, 9, 5]
@@ -270,15 +270,15 @@ def test_step_of_several_tokens_ends_with_the_text(
     settle(llama_engine)  # after clients of other tests, who have left
     monkeypatch.setattr(llama_engine, "on_step", steps.append)
     script = saying(token(" one"), token(" two"))
-    got = run(deltas(llama_engine, " one two" * 3, stop=(" one two one two",), **script))[0]
+    got = run(deltas(llama_engine, " one two" * 3, stop=(" one two" * 4,), **script))[0]
     settle(llama_engine)
     assert [delta.text for delta in got] == [""]
-    assert got[0].token_ids == [token(" one"), token(" two")] * 2
-    assert [stats.num_draft_tokens for stats in steps] == [0, 3]
-    assert [stats.num_rows for stats in steps] == [len(ids(" one two" * 3)), 4]
-    assert [stats.num_accepted_tokens for stats in steps] == [0, 2]
-    assert [len(stats.inter_token_seconds) for stats in steps] == [0, 3]
-    assert [len(stats.finished) for stats in steps] == [0, 1]
+    assert got[0].token_ids == [token(" one"), token(" two")] * 4
+    assert [stats.num_draft_tokens for stats in steps] == [0, 1, 2, 3]
+    assert [stats.num_rows for stats in steps] == [len(ids(" one two" * 3)), 2, 3, 4]
+    assert [stats.num_accepted_tokens for stats in steps] == [0, 1, 2, 1]
+    assert [len(stats.inter_token_seconds) for stats in steps] == [0, 2, 3, 2]
+    assert [len(stats.finished) for stats in steps] == [0, 0, 0, 1]
 
 
 def test_nothing_is_drafted_where_company_changes_bits(

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 import main
+from backends.prompts import Prompts
 from engine import QueueFullError
 from tests.support import FOLDER, NAME, PROMPT, ids, new_client, refused_fields, tokenizer
 
@@ -59,10 +60,9 @@ def test_tokenize_conversation_without_a_template_is_400() -> None:
 def test_tokenize_adds_special_tokens_around_a_prompt_unless_told_otherwise(
     adds: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backend = type(main.registry.default)
     asked: list[bool] = []
     monkeypatch.setattr(
-        backend,
+        Prompts,
         "_encode",
         lambda self, text, add_special_tokens: asked.append(add_special_tokens) or [],
     )
