@@ -11,6 +11,7 @@ SHORT_PROMPT_TOKENS = 32  # prompts up to here share a step with the batch; long
 MOST_FOR_EACH_FREE = 7  # of something that is shared a client has at most so many for each free one
 MOST_OWED = 7  # times what a long prompt took: whoever else is there, a client has an eighth
 COPIED_TOKENS = 64  # of a prompt, which was known, take no longer than one that is computed
+RECENT_SECONDS = 0.25  # of steps: who was here so lately may come again at once
 BRIEF_TOKENS = 64  # who generates no more than so many frees its row soon
 
 
@@ -33,9 +34,10 @@ class Scheduler:
 
     Rows: a free one goes to the client that has the fewest, in turns where several do, and to none
     that has its even part of all rows already: a row more makes each step longer for everybody, so
-    rows that others do not need stay free. Beyond `is_within_share` a client, also one that is
-    alone, gets rows for brief sequences only: so a newcomer finds one free, or one that soon will
-    be.
+    rows that others do not need stay free. Who was here a moment ago still counts for that: texts
+    that began together end together, and then their clients ask for more. Beyond `is_within_share`
+    a client, also one that is alone, gets rows for brief sequences only: so a newcomer finds one
+    free, or one that soon will be.
 
     Queue: counted in sequences for which no row is free, those of `reserve` among them. A client
     may have as many as places are left then, of twice max_queue_size: max_queue_size if it is
@@ -51,6 +53,7 @@ class Scheduler:
         self.step_seconds = 0.0  # that all steps have taken
         self.long_prompt_client: str | None = None  # whose prompt made the last step long
         self.owing_clients: dict[str, float] = {}  # until step_seconds have come to so much
+        self.recent_clients: dict[str, float] = {}  # and what step_seconds were when they were here
 
     @property
     def is_finished(self) -> bool:
@@ -114,7 +117,13 @@ class Scheduler:
             if until_seconds > self.step_seconds
         }
         num_rows = Counter(seq.request.client for seq in self.running)
-        even_part = math.ceil(self.max_num_seqs / max(1, len(num_rows.keys() | self.waiting)))
+        self.recent_clients |= dict.fromkeys(num_rows.keys() | self.waiting, self.step_seconds)
+        self.recent_clients = {
+            client: seconds
+            for client, seconds in self.recent_clients.items()
+            if seconds > self.step_seconds - RECENT_SECONDS
+        }
+        even_part = math.ceil(self.max_num_seqs / max(1, len(self.recent_clients)))
 
         def num_computed_tokens(request: EngineRequest) -> int:
             if request.id not in num_cached:

@@ -6,7 +6,7 @@ import pytest
 
 from engine import QueueFullError, SamplingParams
 from engine.request import Sequence, Status
-from engine.scheduler import BRIEF_TOKENS, SHORT_PROMPT_TOKENS, Scheduler
+from engine.scheduler import BRIEF_TOKENS, RECENT_SECONDS, SHORT_PROMPT_TOKENS, Scheduler
 from tests.support import sequences
 
 BRIEF = SamplingParams(max_new_tokens=BRIEF_TOKENS)
@@ -265,7 +265,27 @@ def test_scheduler_gives_nobody_more_than_its_part_while_others_are_there() -> N
     assert Counter(clients_of(scheduler.schedule())) == {"a": 22, "b": 1, "c": 1}
     for seq in [seq for seq in scheduler.running if seq.request.client != "a"]:
         scheduler.finish(seq)
+    scheduler.count_step(RECENT_SECONDS)
     assert clients_of(scheduler.schedule()) == "a" * 42
+
+
+def test_scheduler_keeps_the_parts_of_those_who_were_here_a_moment_ago() -> None:
+    """The texts of ten clients ended in one step; before they asked again, three others had taken
+    all rows for seconds."""
+    scheduler = Scheduler(max_num_seqs=64, max_queue_size=999)
+    for client in "abcdefghij":
+        add(scheduler, sequences(BRIEF, client=client))
+    ended = scheduler.schedule()
+    for client in "xyz":
+        add(scheduler, sequences(BRIEF, client=client, count=64))
+    assert Counter(clients_of(scheduler.schedule())) == {"x": 5, "y": 5, "z": 5}
+    for seq in ended:
+        scheduler.finish(seq)
+    scheduler.count_step(RECENT_SECONDS / 2)
+    assert scheduler.schedule() == []
+    for client in "abcdefghij":
+        add(scheduler, sequences(BRIEF, client=client))
+    assert sorted(clients_of(scheduler.schedule())) == list("abcdefghij")
 
 
 def test_scheduler_keeps_rows_for_newcomers() -> None:
