@@ -16,6 +16,7 @@ from engine import TextFilter, TextReading
 # So much is read on the event loop, in less than a millisecond.
 SHORT_CHARACTERS = 600
 PROMPT_CHARACTERS = 50  # count as much as a prompt itself, however short
+REST_TURNS = 3
 PIECE_CHARACTERS = 5_000  # that are filtered before others have their turn, in up to 50 ms
 
 T = TypeVar("T")
@@ -33,8 +34,8 @@ class PendingRead:
 class Reader:
     """One thread, which does a piece of work for each client in turn.
 
-    It rests after each piece for as long as that took: the engine's thread and the event loop
-    need Python's lock and a core too. Work whose client has left is not gone on with.
+    It rests after each piece for REST_TURNS as long as that took: the engine's thread and the event
+    loop need Python's lock and a core too. Work whose client has left is not gone on with.
     """
 
     def __init__(self) -> None:
@@ -65,7 +66,7 @@ class Reader:
             return await asyncio.wrap_future(pending.outcome)
 
     def _take_turn(self) -> None:
-        started_seconds = time.monotonic()
+        started_seconds = time.thread_time()
         with self._lock:
             client, queue = next(iter(self._pending.items()))
             pending = queue[0]
@@ -78,7 +79,7 @@ class Reader:
                 self._pending[client] = queue
             is_idle = not self._pending
         if not is_idle:
-            time.sleep(time.monotonic() - started_seconds)
+            time.sleep(REST_TURNS * (time.thread_time() - started_seconds))
             self._thread.submit(self._take_turn)
 
     def _do_piece(self, pending: PendingRead) -> bool:

@@ -43,7 +43,7 @@ from engine.request import (
 )
 from engine.sampler import sample_tokens
 from engine.scheduler import Scheduler
-from engine.threads import available_cores, computing_thread
+from engine.threads import computing_thread, use_threads, useful_threads
 from engine.weights import cast_parameters, return_freed_memory
 
 logger = logging.getLogger("engine")
@@ -68,6 +68,7 @@ class Engine:
 
     quantization: None, "int8", or "auto": int8 where `engine.quality` finds that it keeps quality.
     dtype: what the model computes in where it is not quantized; None is what it was loaded in.
+    num_threads: that compute; None is as many as are useful to this model.
     prefix_cache_bytes: memory for the beginnings of prompts, so that others that begin in the same
         way take their keys and values; used where that changes no bit of a text.
     Raises ValueError for a model of which it would make another text than the model does by
@@ -111,7 +112,8 @@ class Engine:
         self._runner: ModelRunner | None = None  # None while the model is not loaded
         self._row_range: tuple[int, int] | None = None  # of a pass, once it has been measured
         self._lock = threading.Lock()
-        self._computing_thread = computing_thread(num_threads or available_cores())
+        self.num_threads = num_threads or useful_threads(model)
+        self._computing_thread = computing_thread()
         self._turn_pending = False  # `_take_turn` is under way or to come
         self._is_stopping = False
         self._is_on_trial = quantization == "auto" and self.kernel.is_exact
@@ -197,7 +199,12 @@ class Engine:
 
     def _compute(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """What a function gives in the computing thread."""
-        return self._computing_thread.submit(function, *arguments).result()
+
+        def compute() -> Result:
+            use_threads(self.num_threads)
+            return function(*arguments)
+
+        return self._computing_thread.submit(compute).result()
 
     def unload(self) -> None:
         """Gives the model's memory back as soon as all requests of before have finished.
@@ -385,6 +392,7 @@ class Engine:
     @torch.inference_mode()
     def _take_turn(self) -> None:
         """One step, if there is anything to do; then the other engines have their turns."""
+        use_threads(self.num_threads)
         try:
             self._remove_aborted()
             with self._lock:

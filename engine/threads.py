@@ -7,6 +7,12 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
+
+# With fewer, a model computes alone: its products are over before another thread has joined in.
+# Then the event loop has the other core, for which threads that help would have to wait
+# (docs/performance.md).
+SMALL_MODEL_WEIGHTS = 20_000_000
 
 
 def available_cores(control_group: Path = Path("/sys/fs/cgroup")) -> int:
@@ -25,15 +31,27 @@ def available_cores(control_group: Path = Path("/sys/fs/cgroup")) -> int:
     return max(1, math.ceil(min(cores or 1, quota)))
 
 
+def useful_threads(model: PreTrainedModel) -> int:
+    """How many threads compute a model the fastest on a CPU, while it is served."""
+    is_small = sum(weight.numel() for weight in model.parameters()) < SMALL_MODEL_WEIGHTS
+    return 1 if is_small else available_cores()
+
+
 @cache
-def computing_thread(num_threads: int) -> ThreadPoolExecutor:
-    """The thread in which engines compute, with num_threads - 1 others that help it.
+def computing_thread() -> ThreadPoolExecutor:
+    """The thread in which engines compute, in which `use_threads` gives it others to help it.
 
     OpenMP keeps a pool of threads for each thread that computes in parallel. Once there are more
     of them than cores they stop spinning, and a one-row step takes 1.5 times as long. So all
     engines share one thread, and threads that load models compute alone.
     """
-    return ThreadPoolExecutor(1, "engine", torch.set_num_threads, (num_threads,))
+    return ThreadPoolExecutor(1, "engine")
+
+
+def use_threads(num_threads: int) -> None:
+    """Lets the calling thread compute with num_threads - 1 others."""
+    if torch.get_num_threads() != num_threads:
+        torch.set_num_threads(num_threads)
 
 
 @cache

@@ -3,11 +3,12 @@
 A body is parsed and checked on the event loop, where all others wait meanwhile. A thread would
 not help: the parser keeps Python's lock until it is done, and threads that are busy in Python
 hold up the engine's. So a body has a limit to what there is to parse, and of several long ones
-that are here one is parsed at a time, with a turn for everybody else in between.
+that are here one is parsed at a time, with some time for everybody else in between.
 """
 
 import asyncio
 import json
+import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -27,6 +28,9 @@ from serving.metrics import QUEUE_REFUSALS
 # thousand, and are parsed faster than anything else.
 MAX_PARTS = 30_000
 MAX_WAITING_BODIES = 64  # long ones of one client
+# For so many times as long as a long body took to parse, no other one is. It is checked in that
+# time, too, which takes up to as long again.
+REST_TURNS = 8
 
 
 class BodyTurns:
@@ -35,31 +39,42 @@ class BodyTurns:
     def __init__(self) -> None:
         self.waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
         self.is_taken = False
+        self.rest_until_seconds = 0.0
 
     @asynccontextmanager
     async def turn(self, client: str) -> AsyncGenerator[None]:
-        """Waits until no other body is being parsed. Raises a 503 when too many of the client's
-        wait already."""
+        """Waits until no other body is being parsed, or was a moment ago. Raises a 503 when too
+        many of the client's wait already."""
         queue = self.waiting.setdefault(client, deque())
         if len(queue) >= MAX_WAITING_BODIES:
             QUEUE_REFUSALS.inc()
             raise HTTPException(503, OVERLOADED, retry_after())
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         queue.append(turn)
+        parse_seconds = 0.0
         try:
             self._give()
             await turn
             # `sleep(0)` would go before those who became ready while another one was parsed.
             await asyncio.sleep(1e-6)
-            yield
+            started_seconds = time.thread_time()
+            try:
+                yield
+            finally:
+                parse_seconds = time.thread_time() - started_seconds
         finally:
             if turn.done() and not turn.cancelled():
                 self.is_taken = False
+                self.rest_until_seconds = time.monotonic() + REST_TURNS * parse_seconds
             else:
                 turn.cancel()
             self._give()
 
     def _give(self) -> None:
+        rest_seconds = self.rest_until_seconds - time.monotonic()
+        if self.waiting and rest_seconds > 0:
+            asyncio.get_running_loop().call_later(rest_seconds, self._give)
+            return
         while self.waiting and not self.is_taken:
             client, queue = self.waiting.popitem(last=False)
             if not queue:
@@ -109,8 +124,7 @@ class BoundedRequest(Request):
                 turns: BodyTurns = self.app.state.service.body_turns
                 async with turns.turn(self.scope["client_identity"]):
                     self._json = parse_long(text)
-                    # All others have a turn before it is checked, too.
-                    await asyncio.sleep(1e-6)
+                await asyncio.sleep(1e-6)  # all others have a turn before it is checked
         return self._json
 
 

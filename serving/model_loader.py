@@ -64,11 +64,11 @@ def choose_precision(settings: Settings) -> dict[str, Any]:
     return {"dtype": torch.float32 if kernel.is_exact else dtype, "device": device}
 
 
-def choose_num_threads(settings: Settings) -> int:
-    """How many threads compute. More than there are cores are said to be slow."""
-    cores = available_cores()
-    num_threads = settings.torch_num_threads or cores
-    if num_threads > cores:
+def choose_num_threads(settings: Settings) -> int | None:
+    """How many threads compute, None for as many as are useful to each model. More than there are
+    cores are said to be slow."""
+    cores, num_threads = available_cores(), settings.torch_num_threads
+    if num_threads and num_threads > cores:
         logger.warning(
             "TORCH_NUM_THREADS is %d, more than the cores that the process may use (%d): threads "
             "that wait for a core make every step slower",

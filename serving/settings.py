@@ -80,7 +80,10 @@ class Settings(BaseSettings):
         "comma-separated, unless it is a text.",
     )
     torch_num_threads: int | None = Field(
-        default=None, ge=1, description="Unset: the cores that the process may use."
+        default=None,
+        ge=1,
+        description="Unset: the cores that the process may use, or 1 for a model of fewer than "
+        "20 million weights.",
     )
     max_num_seqs: int = Field(
         default=64, ge=1, le=1024, description="Sequences that are generated at the same time."

@@ -22,11 +22,11 @@ async def computed_share(is_computing: bool, turn_seconds: float) -> float:
     return computed_seconds / (time.monotonic() - started_seconds)
 
 
-@pytest.mark.parametrize("turn_seconds", [0.0002, 0.03])
-def test_pacing_leaves_engines_time(turn_seconds: float) -> None:
+@pytest.mark.parametrize(("turn_seconds", "most"), [(0.0002, 0.5), (0.03, 0.75)])
+def test_pacing_leaves_engines_time(turn_seconds: float, most: float) -> None:
     """Three clients who sent lists of numbers kept the loop at work all the time: the engine got
     Python's lock every 5 ms, and everybody's text took thirty times as long."""
-    assert asyncio.run(computed_share(True, turn_seconds)) < 0.75
+    assert asyncio.run(computed_share(True, turn_seconds)) < most
 
 
 def test_pacing_rests_for_nobody_while_engines_are_idle(monkeypatch: pytest.MonkeyPatch) -> None:
