@@ -5,8 +5,8 @@ import sys
 import time
 from collections.abc import Callable
 
-TURN_SECONDS = 0.01  # how often it is looked at while engines compute
-IDLE_SECONDS = 0.1  # and while they do not
+SHORT_TURN_SECONDS = 0.01  # after which it is looked at again where it computes much
+LONG_TURN_SECONDS = 0.1  # and where it does not: each look takes an engine some of its time, too
 MOST_SHARE = 0.25  # of the time, that the loop may compute
 MOST_REST_SECONDS = 0.05
 # For which a thread waits at most for Python's lock while another one runs Python, which is 5 ms
@@ -24,10 +24,14 @@ async def pace_event_loop(is_computing: Callable[[], bool]) -> None:
     thirty times as long.
     """
     sys.setswitchinterval(SWITCH_SECONDS)
+    turn_seconds = LONG_TURN_SECONDS
     while True:
         started_seconds, computed_seconds = time.monotonic(), time.thread_time()
-        await asyncio.sleep(TURN_SECONDS if is_computing() else IDLE_SECONDS)
+        await asyncio.sleep(turn_seconds)
         computed_seconds = time.thread_time() - computed_seconds
         rest_seconds = computed_seconds / MOST_SHARE - (time.monotonic() - started_seconds)
         if rest_seconds > 0 and is_computing():
             time.sleep(min(rest_seconds, MOST_REST_SECONDS))  # noqa: ASYNC251
+            turn_seconds = SHORT_TURN_SECONDS
+        else:
+            turn_seconds = min(2 * turn_seconds, LONG_TURN_SECONDS)
