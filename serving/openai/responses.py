@@ -108,7 +108,8 @@ class ResponseBuilder(ABC, Generic[Body]):
                     for choice in self.chunk_choices(delta, is_first):
                         chunk = {**head, "choices": [choice], "usage": usage, **about}
                         # What is told of a prompt may be long, and comes with the first.
-                        yield await long_event(chunk) if is_first else event(chunk)
+                        tells_prompt = is_first and (about or delta.prompt or delta.logprobs)
+                        yield await long_event(chunk) if tells_prompt else event(chunk)
                         about = {}
                     begun.add(delta.index)
             if options.include_usage:
