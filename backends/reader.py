@@ -16,7 +16,7 @@ from engine import TextFilter, TextReading
 # So much is read on the event loop, in less than a millisecond.
 SHORT_CHARACTERS = 600
 PROMPT_CHARACTERS = 50  # count as much as a prompt itself, however short
-REST_TURNS = 3
+REST_TURNS = 3  # for so many times as long as a piece took, none is read
 PIECE_CHARACTERS = 5_000  # that are filtered before others have their turn, in up to 50 ms
 
 T = TypeVar("T")

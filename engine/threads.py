@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-# With fewer, a model computes alone: its products are over before another thread has joined in.
-# Then the event loop has the other core, for which threads that help would have to wait
-# (docs/performance.md).
+# A model with fewer weights is computed in one thread: two would wait for each other at each of its
+# short products, above all where the event loop needs one of the cores (docs/performance.md).
 SMALL_MODEL_WEIGHTS = 20_000_000
 
 

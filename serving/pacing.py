@@ -16,7 +16,8 @@ SWITCH_SECONDS = 0.0005
 
 async def pace_event_loop(is_computing: Callable[[], bool]) -> None:
     """Runs until it is cancelled: after a turn in which the running event loop computed for more
-    than its share of the time, lets it stand still until it is no more than that.
+    than its share of the time, lets it stand still until it is no more than that. Sets Python's
+    switch interval for the whole process, too.
 
     An engine needs Python's lock for each of some hundred operations a step, and a core for each of
     its threads, and waits for either whenever the loop is at work. A few clients who send nonsense

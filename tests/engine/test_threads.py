@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from engine import available_cores
+from engine import Engine, available_cores
 from engine.threads import useful_threads
+from tests.support import load, tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -84,3 +85,9 @@ def test_useful_threads_of_a_small_and_of_a_large_model(width: int, num_threads:
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config(n_embd=width, n_layer=2, n_head=4))
     assert useful_threads(model) == num_threads
+
+
+def test_engines_share_a_thread_and_keep_their_numbers_of_threads() -> None:
+    engines = [Engine(load(), tokenizer), Engine(load(), tokenizer, num_threads=2)]
+    assert engines[0]._computing_thread is engines[1]._computing_thread
+    assert [each._compute(torch.get_num_threads) for each in engines * 2] == [1, 2, 1, 2]
