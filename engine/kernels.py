@@ -3,7 +3,9 @@
 A kernel is not believed to work because of what the processor is called: it is tried.
 """
 
+import ctypes
 import logging
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,14 +74,20 @@ class Int8Linear(nn.Module):
         raise NotImplementedError
 
     def multiply(self, x: Tensor) -> Tensor:
-        """x (rows, in) float32, multiplied: (rows, out) float32 that nothing else refers to."""
+        """x (rows, in) float32, multiplied, and the bias added: (rows, out) float32 that nothing
+        else refers to."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        output = self.multiply(x.reshape(-1, x.shape[-1]))
-        if self.bias is not None:
-            output.add_(self.bias)  # not `addcmul`, which rounds once or twice, as it is compiled
-        return output.view(*x.shape[:-1], -1)
+        if x.ndim == 2:
+            return self.multiply(x)
+        return self.multiply(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+
+    def _scaled(self, product: Tensor, scale: Tensor) -> Tensor:
+        """A product in place: (rows, out) times (rows, 1), plus the bias."""
+        if self.bias is None:
+            return product.mul_(scale)
+        return torch.addcmul(self.bias, product, scale, out=product)
 
 
 def _row_scale(x: Tensor, most: int) -> Tensor:
@@ -115,10 +123,14 @@ class OnednnInt8Linear(Int8Linear):
         if self.is_symmetric:
             scale = _row_scale(x, 127)
             quantized = (x / scale).round_().add_(128).to(torch.uint8)
-            return self._sum(quantized, 128).mul_(scale)
+            return self._scaled(self._sum(quantized, 128), scale)
         quantized = torch.ops.quantized.embedding_bag_byte_prepack(x.contiguous())
         ends = quantized.view(torch.float32)
-        return self._sum(quantized, 0).mul_(ends[:, -2:-1]).add_(ends[:, -1:] * self.sums)
+        _, scale, smallest = ends.split_with_sizes((ends.shape[1] - 2, 1, 1), dim=1)
+        if self.bias is None:
+            return (smallest * self.sums).addcmul_(self._sum(quantized, 0), scale)
+        product = self._sum(quantized, 0)
+        return torch.addcmul(self.bias, smallest, self.sums).addcmul_(product, scale)
 
     def _sum(self, quantized: Tensor, zero_point: int) -> Tensor:
         output: Tensor = torch.ops.onednn.qlinear_pointwise(
@@ -145,8 +157,7 @@ class FbgemmInt8Linear(Int8Linear):
     def multiply(self, x: Tensor) -> Tensor:
         scale = _row_scale(x, 63)
         multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-        output: Tensor = multiply(x / scale, 1.0, 64, self.packed)
-        return output.mul_(scale)
+        return self._scaled(multiply(x / scale, 1.0, 64, self.packed), scale)
 
 
 class Int8Embedding(nn.Module):
@@ -164,6 +175,52 @@ class Int8Embedding(nn.Module):
         rows = torch.ops.quantized.embedding_bag_byte_unpack(self.packed[token_ids.reshape(-1)])
         unpacked: Tensor = rows.view(*token_ids.shape, -1)
         return unpacked
+
+
+class OutputEmbedding(nn.Module):
+    """The embedding that is also the output layer's weight, read out of it: (…) int64 to (…, dim)
+    float32.
+
+    weight: empty; some models ask it for its dtype or device.
+    Raises ValueError where it cannot be read: oneDNN may choose another order than the known one,
+    of words of four numbers of eight bits (`BA16a64b4a`).
+    """
+
+    WIDTH = 64  # outputs that lie together
+    DEPTH = 16  # words of each of them, a multiple of which there is
+
+    def __init__(self, output: nn.Module, weight: Tensor):
+        super().__init__()
+        num_tokens, dim = weight.shape
+        num_blocks = math.ceil(num_tokens / self.WIDTH)
+        if not isinstance(output, OnednnInt8Linear) or dim % 4:
+            raise ValueError("the output layer is not one of oneDNN in int8")
+        self.weight = torch.empty(0, dim)
+        self.packed, self.scales = output.weight, output.scales
+        words = _words(self.packed)
+        depth = len(words) // (num_blocks * self.WIDTH) // self.DEPTH * self.DEPTH
+        if depth < dim // 4:
+            raise ValueError("the output layer has no room for the numbers in the known order")
+        words = words[: num_blocks * depth * self.WIDTH]  # what is behind them are sums
+        self.words = words.view(num_blocks, depth, self.WIDTH)[:, : dim // 4]
+        for token_ids in torch.arange(num_tokens).split(4096):
+            difference = self(token_ids) - weight[token_ids]
+            if (difference.abs().amax(dim=1) > self.scales[token_ids] * 0.51).any():
+                raise ValueError("the output layer's numbers lie in an order that is not known")
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        flat = token_ids.reshape(-1)
+        block = torch.div(flat, self.WIDTH, rounding_mode="floor")
+        words = self.words[block, :, flat % self.WIDTH].contiguous()
+        rows = words.view(torch.int8) * self.scales[flat, None]
+        return rows.view(*token_ids.shape, -1)
+
+
+def _words(packed: Tensor) -> Tensor:
+    """(num_words,) int32: the memory of a packed weight, which must be kept as long as these."""
+    num_words = torch.ops.mkldnn._nbytes(packed) // 4
+    memory = (ctypes.c_int32 * num_words).from_address(torch.ops.mkldnn.data_ptr(packed))
+    return torch.frombuffer(memory, dtype=torch.int32)
 
 
 Pack = Callable[[Tensor, Tensor | None, bool], nn.Module]  # weight (out, in), bias, fuses GELU
@@ -238,6 +295,18 @@ def choose_kernel(dtype: torch.dtype, device_type: str, quantization: str | None
     return PLAIN
 
 
+def rounds_alike() -> bool:
+    """Whether `addcmul` gives a number the same bits wherever in a tensor it lies.
+
+    Where it was compiled to multiply and add in one step, it rounds once, else twice. torch
+    computes some numbers at a time and the last ones by themselves, which might differ in that.
+    """
+    numbers = torch.arange(1.0, 1 + 3 * 67).sqrt().view(3, 67)
+    together = torch.addcmul(*numbers)
+    alone = [torch.addcmul(*column) for column in numbers.split(1, dim=1)]
+    return torch.equal(torch.cat(alone), together)
+
+
 def what_is_wrong_with(kernel: Kernel, dtype: torch.dtype) -> str:
     """Why a kernel cannot be used, in a few words; "" if it computes what it should.
 
@@ -245,6 +314,8 @@ def what_is_wrong_with(kernel: Kernel, dtype: torch.dtype) -> str:
     """
     if kernel in (ONEDNN, INT8_ONEDNN) and not has_onednn():
         return "torch has no oneDNN, or it is switched off"
+    if kernel.is_exact and not rounds_alike():
+        return "torch rounds a number in one way or another, as it lies in memory"
     assert kernel.pack
     weight = torch.ones(64, 64, dtype=dtype)
     weight[1::2] = -1

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import gc
+import logging
 import math
 import mmap
 from collections.abc import Iterable
@@ -21,9 +22,12 @@ from engine.kernels import (
     Int8Embedding,
     Kernel,
     OnednnInt8Linear,
+    OutputEmbedding,
     OutputLinear,
     PackedLinear,
 )
+
+logger = logging.getLogger("engine")
 
 HUGE_PAGE_BYTES = 2 << 20
 MAX_GAP_BYTES = 64 << 10  # weights that lie closer together count as one piece of memory
@@ -61,6 +65,7 @@ def pack_layers(model: PreTrainedModel, kernel: Kernel) -> Replaced:
 
     Linear layers, GPT-2's GELU between them, and with int8 the embedding of tokens, which else
     would be most of what is left; not one of a class of its own, which may do more than look up.
+    Where that is the output layer's weight too, it is read from there if it can be.
     """
     replaced: Replaced = []
     if kernel.pack is None:
@@ -92,9 +97,23 @@ def pack_layers(model: PreTrainedModel, kernel: Kernel) -> Replaced:
         for name, child in list(module.named_children()):
             if type(child) in (nn.Linear, Conv1D):
                 replace(module, name, pack(child))
-            elif child is embedding and kernel.is_exact and type(child) is nn.Embedding:
-                replace(module, name, Int8Embedding(child.weight.detach()))
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if child is embedding and kernel.is_exact and type(child) is nn.Embedding:
+                is_tied = output is not None and output.weight is child.weight
+                packed_output = model.get_output_embeddings() if is_tied else None
+                replace(module, name, _int8_embedding(child.weight.detach(), packed_output))
     return replaced
+
+
+def _int8_embedding(weight: Tensor, packed_output: nn.Module | None) -> nn.Module:
+    """packed_output: the output layer, if it has the same weight."""
+    if packed_output is not None:
+        try:
+            return OutputEmbedding(packed_output, weight)
+        except (AttributeError, RuntimeError, ValueError) as problem:
+            logger.debug("the embedding is kept beside the output layer: %s", problem)
+    return Int8Embedding(weight)
 
 
 def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -10,19 +10,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from engine import choose_kernel, instruction_set, native_dtype
 from engine.kernels import (
+    HAVE_VNNI,
     INT8_IS_FASTEST,
+    INT8_ONEDNN,
     ONEDNN,
     PLAIN,
     Int8Embedding,
     Kernel,
+    OutputEmbedding,
     int8_kernels,
+    rounds_alike,
     what_is_wrong_with,
 )
 from engine.processor import has_onednn
-from engine.weights import move_to_huge_pages
+from engine.weights import move_to_huge_pages, pack_layers
 
 INT8 = {kernel.name: kernel for kernel in int8_kernels()}
 
@@ -126,6 +131,56 @@ def test_int8_embedding_gives_what_the_embedding_gives() -> None:
     assert torch.allclose(got, embedding(token_ids), atol=0.02)
 
 
+def tied_model(vocab_size: int, dim: int) -> GPT2LMHeadModel:
+    config = GPT2Config(vocab_size=vocab_size, n_embd=dim, n_layer=1, n_head=1, n_positions=8)
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.mark.parametrize(("vocab_size", "dim"), [(50, 100), (700, 32), (130, 264), (65, 30)])
+@pytest.mark.parametrize("name", INT8)
+def test_int8_embedding_of_a_tied_model(name: str, vocab_size: int, dim: int) -> None:
+    """Read from the output layer or kept beside it, it is the one that the model had."""
+    skip_unless_right(INT8[name], torch.float32)
+    model, token_ids = tied_model(vocab_size, dim), torch.arange(vocab_size)[None]
+    before = model.transformer.wte(token_ids)
+    pack_layers(model, INT8[name])
+    after = model.transformer.wte(token_ids)
+    assert after.shape == before.shape
+    assert after.dtype == torch.float32
+    assert torch.allclose(after, before, atol=0.001)
+
+
+def test_int8_embedding_and_output_layer_are_one_where_their_order_is_known() -> None:
+    """oneDNN has this order for all processors with AVX-512."""
+    if instruction_set() not in ("avx512", *HAVE_VNNI):
+        pytest.skip(f"weights are packed otherwise on {instruction_set()}")
+    skip_unless_right(INT8_ONEDNN, torch.float32)
+    model = tied_model(700, 32)
+    pack_layers(model, INT8_ONEDNN)
+    assert model.transformer.wte.packed is model.lm_head.weight
+
+
+@pytest.mark.parametrize("operation", [missing, refusing, lambda _: 4])
+def test_int8_embedding_is_kept_beside_an_output_layer_in_an_order_that_is_not_known(
+    operation: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_unless_right(INT8_ONEDNN, torch.float32)
+    monkeypatch.setattr(torch.ops.mkldnn, "_nbytes", operation, raising=False)
+    model = tied_model(700, 32)
+    pack_layers(model, INT8_ONEDNN)
+    assert type(model.transformer.wte) is Int8Embedding
+
+
+def test_int8_embedding_whose_numbers_are_others_is_not_the_output_layer() -> None:
+    """The order is not believed: each number is compared."""
+    skip_unless_right(INT8_ONEDNN, torch.float32)
+    weight = torch.randn(700, 32)
+    output = INT8_ONEDNN.pack(weight, None, False)
+    weight[699, 31] += 1
+    with pytest.raises(ValueError, match="order that is not known"):
+        OutputEmbedding(output, weight)
+
+
 @pytest.mark.parametrize("num_rows", [1, 2, 40])
 @pytest.mark.parametrize("name", INT8)
 def test_int8_computes_a_random_layer(name: str, num_rows: int) -> None:
@@ -158,6 +213,17 @@ def test_what_is_wrong_with_a_kernel_that_saturates() -> None:
 
     kernel = Kernel("saturating", lambda *_: Saturating())
     assert what_is_wrong_with(kernel, torch.float32) == "its results are wrong on this processor"
+
+
+def test_what_is_wrong_with_int8_where_a_numbers_place_changes_its_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As `addcmul` would, if torch rounded the last numbers of a tensor twice and others once."""
+    assert rounds_alike()
+    monkeypatch.setattr(
+        torch, "addcmul", lambda a, b, c: a + b * c if len(a) == 1 else (a + b.double() * c).float()
+    )
+    assert "as it lies in memory" in what_is_wrong_with(INT8_ONEDNN, torch.float32)
 
 
 # --- What is chosen in whose place --------------------------------------------------------------
