@@ -5,6 +5,7 @@ import math
 import mmap
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import reduce
 
 import torch
@@ -21,6 +22,9 @@ ALIGNED_NUMBERS = 4  # of float32: 16 bytes
 # Of a prompt whose attention is computed in one order, whatever of it is found computed: a pass has
 # so many of its tokens together, and so many, or a multiple of that, may have been found.
 PREFIX_BLOCK_TOKENS = 32
+# Of shorter prompts, those up to each of these lengths are attended over together: the same kernels
+# on the same sizes, whatever the others are.
+GROUPED_TOKENS = (8, 16, 32)
 # Of a prompt whose attention is computed step by step: its weights take heads * keys * so much.
 PIECE_TOKENS = 128
 
@@ -29,6 +33,15 @@ PIECE_TOKENS = 128
 Visibility = Callable[[Tensor, Tensor], Tensor]
 # What is added to a weight, for each head: (rows, 1, 1) and (keys,) to (rows or 1, heads, keys).
 PositionBias = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptGroup:
+    """Short prompts of a pass."""
+
+    prompts: list[tuple[int, int]]  # (first row, num_tokens)
+    rows: Tensor  # (prompts, length) of the pass: behind a prompt's own, its last one again
+    mask: Tensor  # (prompts * kv_heads, queries a key * length, length), to be added to weights
 
 
 class KVCache:
@@ -96,7 +109,7 @@ class KVCache:
 
     def begin_pass(self, batch: ForwardBatch) -> None:
         """Says what `attend` will be called for until the next call."""
-        device, kv_heads = self.vectors[0].device, self.shape[1]
+        device, kv_heads = self.device, self.num_kv_heads
         self.prompts, self.num_decode = batch.prompts, sum(map(len, batch.decode_runs))
         ends = list(itertools.accumulate(map(len, batch.decode_runs)))
         # Of each run: its rows of the pass, and its heads in the cache.
@@ -104,9 +117,13 @@ class KVCache:
             (slice(end - len(run), end), slice(run.start * kv_heads, run.stop * kv_heads))
             for run, end in zip(batch.decode_runs, ends, strict=True)
         ]
+        self.prompt_groups = self._prompt_groups(batch)
+        grouped = {prompt for group in self.prompt_groups for prompt in group.prompts}
+        self.single_prompts = [prompt for prompt in self.prompts if prompt not in grouped]
         self.prompt_places = [
-            (batch.cache_rows[first], batch.positions[first]) for first, _ in self.prompts
+            (batch.cache_rows[first], batch.positions[first]) for first, _ in self.single_prompts
         ]
+        self.attended_rows = self._attended_rows() if self.prompt_groups else None
         self.positions = torch.tensor(batch.positions, device=device)
         # (rows, 2, kv_heads): which of a layer's `vectors` a row's keys and values become.
         heads = torch.tensor(batch.cache_rows, device=device)[:, None] * kv_heads
@@ -114,6 +131,49 @@ class KVCache:
         places = heads * self.capacity + self.positions[:, None]
         self.places = torch.stack((places, places + len(self.vectors[0]) // 2), dim=1)
         self.decode_masks: dict[Visibility | None, list[Tensor]] = {}
+
+    def _prompt_groups(self, batch: ForwardBatch) -> list[PromptGroup]:
+        """Whole prompts that are shorter than a block; one that is kept as a block is computed as
+        the first of a longer prompt is."""
+        if not self.attends_in_blocks:
+            return []
+        short = [
+            (first, length)
+            for first, length in batch.prompts
+            if length < PREFIX_BLOCK_TOKENS and not batch.positions[first]
+        ]
+        groups: list[PromptGroup] = []
+        for shorter, most in itertools.pairwise((0, *GROUPED_TOKENS)):
+            prompts = [prompt for prompt in short if shorter < prompt[1] <= most]
+            if prompts:
+                firsts, lengths = torch.tensor(prompts, device=self.device)[:, :, None].unbind(1)
+                rows = firsts + torch.arange(most, device=self.device).minimum(lengths - 1)
+                mask = torch.full((most, most), -math.inf, device=self.device).triu(1)
+                mask = (
+                    mask.to(self.vectors[0].dtype)
+                    .repeat(self.group_size, 1)
+                    .expand(len(prompts) * self.num_kv_heads, -1, -1)
+                )
+                groups.append(PromptGroup(prompts, rows, mask))
+        return groups
+
+    def _attended_rows(self) -> Tensor:
+        """(rows,): where what is attended for each row of the pass comes, with padding between."""
+        places = list(range(self.num_decode))
+        at_rows = places.copy()
+        end = self.num_decode
+        for first, length in self.single_prompts:
+            at_rows += range(first, first + length)
+            places += range(end, end + length)
+            end += length
+        for group in self.prompt_groups:
+            for first, length in group.prompts:
+                at_rows += range(first, first + length)
+                places += range(end, end + length)
+                end += group.rows.shape[1]
+        attended_rows = torch.empty(len(places), dtype=torch.long)
+        attended_rows[torch.tensor(at_rows)] = torch.tensor(places)
+        return attended_rows.to(self.device)
 
     def sequence_lengths(self) -> Tensor:
         """(rows,) tokens of each row's sequence, in this pass."""
@@ -145,7 +205,7 @@ class KVCache:
         for (rows, heads), mask in zip(self.decode_runs, self._decode_masks(visible), strict=True):
             decode = query[rows]
             parts.append(self._attend_decode(layer, heads, decode, scale, mask, softcap, sinks))
-        for at, (first, length) in enumerate(self.prompts):
+        for at, (first, length) in enumerate(self.single_prompts):
             prompt = query[first : first + length], keys_values[first : first + length]
             if is_plain and visible is None and self.position_bias is None:
                 if self.attends_in_blocks:
@@ -154,7 +214,11 @@ class KVCache:
                     parts.append(self._attend_prompt(*prompt, scale))
             else:
                 parts.append(self._attend_in_pieces(*prompt, scale, visible, softcap, sinks))
-        return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
+        for group in self.prompt_groups:
+            prompts = query[group.rows], keys_values[group.rows]
+            parts.append(self._attend_group(*prompts, group.mask, scale))
+        attended = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
+        return attended if self.attended_rows is None else attended[self.attended_rows]
 
     def _decode_masks(self, visible: Visibility | None) -> list[Tensor]:
         """(rows * kv_heads, queries a key, capacity) of each run, made once a pass."""
@@ -199,13 +263,14 @@ class KVCache:
         why what is drafted for a sequence comes here a token at a time.
         """
         grouped = query.reshape(-1, self.group_size, query.shape[-1])
-        keys, values = self.transposed_keys[layer][heads], self.values[layer][heads]
         if sinks is not None:
             sinks = sinks.view(1, self.num_kv_heads, self.group_size, 1)
             sinks = sinks.expand(len(query), -1, -1, -1).flatten(0, 1)
+        keys, values = self.transposed_keys[layer][heads], self.values[layer][heads]
         weights = _weights(grouped, keys, scale, mask, softcap, sinks)
         # Of outputs that begin in other places, some kernels sum the numbers in another order.
-        if missing := -values.shape[-1] % ALIGNED_NUMBERS:
+        missing = -values.shape[-1] % ALIGNED_NUMBERS
+        if missing:
             values = F.pad(values, (0, missing))
         if self.group_size > 1 and weights.dtype == torch.float32:
             # One query a key is summed in one order anyway, and pieces take twice the time.
@@ -213,7 +278,9 @@ class KVCache:
             attended = reduce(torch.add, map(torch.bmm, *pieces))
         else:
             attended = torch.bmm(weights, values)
-        return attended[..., : query.shape[-1]].reshape(query.shape)
+        if missing:
+            attended = attended[..., :-missing]
+        return attended.reshape(query.shape)
 
     def _attend_prompt(self, query: Tensor, keys_values: Tensor, scale: float) -> Tensor:
         """A whole prompt over itself: each token sees those before it."""
@@ -226,6 +293,20 @@ class KVCache:
             enable_gqa=self.group_size > 1,
         )
         return attended[0].transpose(0, 1)
+
+    def _attend_group(
+        self, query: Tensor, keys_values: Tensor, mask: Tensor, scale: float
+    ) -> Tensor:
+        """Several prompts, each over itself: (prompts, length, heads, head_dim) to
+        (prompts * length, heads, head_dim)."""
+        num_prompts, length, heads, head_dim = query.shape
+        batch = num_prompts * self.num_kv_heads
+        # (batch, queries a key * length, head_dim), heads before tokens.
+        grouped = query.transpose(1, 2).reshape(batch, -1, head_dim)
+        keys, values = keys_values.permute(2, 0, 3, 1, 4).reshape(2, batch, length, head_dim)
+        weights = _weights(grouped, keys.transpose(1, 2), scale, mask, None, None)
+        attended = torch.bmm(weights, values).view(num_prompts, heads, length, head_dim)
+        return attended.transpose(1, 2).flatten(0, 1)
 
     def _attend_blocks(
         self, layer: int, query: Tensor, row: int, start: int, scale: float
