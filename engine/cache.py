@@ -133,8 +133,8 @@ class KVCache:
         self.decode_masks: dict[Visibility | None, list[Tensor]] = {}
 
     def _prompt_groups(self, batch: ForwardBatch) -> list[PromptGroup]:
-        """Whole prompts that are shorter than a block; one that is kept as a block is computed as
-        the first of a longer prompt is."""
+        """Whole prompts that are shorter than a block. One of a block's length is left out: the
+        prefix cache keeps it, so it has to be computed as the first block of a longer prompt is."""
         if not self.attends_in_blocks:
             return []
         short = [
@@ -148,17 +148,15 @@ class KVCache:
             if prompts:
                 firsts, lengths = torch.tensor(prompts, device=self.device)[:, :, None].unbind(1)
                 rows = firsts + torch.arange(most, device=self.device).minimum(lengths - 1)
-                mask = torch.full((most, most), -math.inf, device=self.device).triu(1)
-                mask = (
-                    mask.to(self.vectors[0].dtype)
-                    .repeat(self.group_size, 1)
-                    .expand(len(prompts) * self.num_kv_heads, -1, -1)
-                )
+                mask = self.vectors[0].new_full((most, most), -math.inf).triu(1)
+                mask = mask.repeat(self.group_size, 1)
+                mask = mask.expand(len(prompts) * self.num_kv_heads, -1, -1)
                 groups.append(PromptGroup(prompts, rows, mask))
         return groups
 
     def _attended_rows(self) -> Tensor:
-        """(rows,): where what is attended for each row of the pass comes, with padding between."""
+        """(rows,): at which place each row of the pass is among what `attend` computes, where the
+        groups come last and have padding between their prompts."""
         places = list(range(self.num_decode))
         at_rows = places.copy()
         end = self.num_decode
@@ -263,14 +261,13 @@ class KVCache:
         why what is drafted for a sequence comes here a token at a time.
         """
         grouped = query.reshape(-1, self.group_size, query.shape[-1])
+        keys, values = self.transposed_keys[layer][heads], self.values[layer][heads]
         if sinks is not None:
             sinks = sinks.view(1, self.num_kv_heads, self.group_size, 1)
             sinks = sinks.expand(len(query), -1, -1, -1).flatten(0, 1)
-        keys, values = self.transposed_keys[layer][heads], self.values[layer][heads]
         weights = _weights(grouped, keys, scale, mask, softcap, sinks)
         # Of outputs that begin in other places, some kernels sum the numbers in another order.
-        missing = -values.shape[-1] % ALIGNED_NUMBERS
-        if missing:
+        if missing := -values.shape[-1] % ALIGNED_NUMBERS:
             values = F.pad(values, (0, missing))
         if self.group_size > 1 and weights.dtype == torch.float32:
             # One query a key is summed in one order anyway, and pieces take twice the time.
@@ -278,9 +275,7 @@ class KVCache:
             attended = reduce(torch.add, map(torch.bmm, *pieces))
         else:
             attended = torch.bmm(weights, values)
-        if missing:
-            attended = attended[..., :-missing]
-        return attended.reshape(query.shape)
+        return attended[..., : query.shape[-1]].reshape(query.shape)
 
     def _attend_prompt(self, query: Tensor, keys_values: Tensor, scale: float) -> Tensor:
         """A whole prompt over itself: each token sees those before it."""

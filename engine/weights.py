@@ -97,10 +97,10 @@ def pack_layers(model: PreTrainedModel, kernel: Kernel) -> Replaced:
         for name, child in list(module.named_children()):
             if type(child) in (nn.Linear, Conv1D):
                 replace(module, name, pack(child))
-    for module in list(model.modules()):
+    for module in list(model.modules()):  # once more, as the output layer may come last
         for name, child in list(module.named_children()):
             if child is embedding and kernel.is_exact and type(child) is nn.Embedding:
-                is_tied = output is not None and output.weight is child.weight
+                is_tied = getattr(output, "weight", None) is child.weight
                 packed_output = model.get_output_embeddings() if is_tied else None
                 replace(module, name, _int8_embedding(child.weight.detach(), packed_output))
     return replaced

@@ -29,7 +29,7 @@ def test_attention_in_blocks_is_that_in_one_piece() -> None:
     keys_values, query = torch.randn(200, 2, 2, 8), torch.randn(200, 8, 8)
     attended = []
     for attends_in_blocks, start in ((False, 0), (True, 0), (True, 128)):
-        cache = KVCache(tiny_llama(), 3, 256, attends_in_blocks=attends_in_blocks)
+        cache = KVCache(tiny_llama(), 3, 256, attends_in_blocks)
         cache.resize(200, 0)
         cache.layers[0][:, 1, :, :start] = keys_values[:start].permute(1, 2, 0, 3)
         batch = ForwardBatch()

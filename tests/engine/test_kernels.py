@@ -177,7 +177,7 @@ def test_int8_embedding_whose_numbers_are_others_is_not_the_output_layer() -> No
     weight = torch.randn(700, 32)
     output = INT8_ONEDNN.pack(weight, None, False)
     weight[699, 31] += 1
-    with pytest.raises(ValueError, match="order that is not known"):
+    with pytest.raises(ValueError, match="order"):
         OutputEmbedding(output, weight)
 
 
